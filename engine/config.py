@@ -1,0 +1,380 @@
+"""Every setting of a run: one strict, frozen tree, checked before any process group exists.
+
+This file holds the fields and what can be checked from them alone. `config_file.py` reads TOML, applies presets and
+overrides, and turns pydantic's complaints into `ConfigError`s. A function takes the section it needs, not the tree.
+Fields named "source" give where the paper (arXiv 2307.04964, "P p.N") or its released code sets the value.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+ROLES = ("policy", "critic", "reference", "reward")
+
+
+class Section(BaseModel):
+    """One [section] of the file: frozen, no unknown keys, docstrings become the help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ArchitectureConfig(Section):
+    """The shape of a model that starts from random weights (used where no folder is given to load)."""
+
+    hidden_size: Positive = 128
+    """Width of the residual stream."""
+    num_layers: Positive = 4
+    """Transformer layers."""
+    num_heads: Positive = 4
+    """Query heads."""
+    num_query_groups: Positive = 2
+    """Key / value heads (grouped-query attention); equal to num_heads for plain multi-head attention."""
+    head_dim: Positive | None = None
+    """Size of one head; unset: hidden_size / num_heads."""
+    ffn_hidden_size: Positive = 384
+    """Width of the gated feed-forward layer."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding before padding for tensor parallelism; unset: the tokenizer's."""
+    max_position_embeddings: Positive = 2048
+    """Longest context, tokens."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary embedding."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = False
+    """Share the embedding with the vocabulary head."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights."""
+
+
+class ModelConfig(Section):
+    """Where the models come from and how they compute."""
+
+    policy: str = ""
+    """Hugging Face folder that the policy starts from (the base model of `sft` and `reward`, the SFT model of `critic` and `ppo`).
+    Empty: random weights of the shape in [model.init]."""
+    reward: str = ""
+    """Hugging Face folder of the reward model (one scalar per token)."""
+    critic: str = ""
+    """Hugging Face folder of a pre-trained critic. Empty: ppo.critic_init decides."""
+    reference: str = ""
+    """Hugging Face folder of the reference model. Empty: the same as model.policy."""
+    tokenizer: str = ""
+    """Folder with tokenizer.json or tokenizer.model, or the file itself. Empty: the folder of the model."""
+    init: ArchitectureConfig = ArchitectureConfig()
+    """Shape of a model that starts from random weights."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of parameters and activations. bf16 keeps fp32 main weights and reduces gradients in fp32."""
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
+    """Attention kernel. auto: flash-attn when importable, else torch's variable-length attention on CUDA, else SDPA."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: nothing, core attention only, or whole layers."""
+
+
+class RoleLayout(Section):
+    """How one role is spread over ranks."""
+
+    tp: Positive = 1
+    """Tensor-parallel size."""
+    pp: Positive = 1
+    """Pipeline-parallel size."""
+
+
+class ParallelConfig(Section):
+    """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one.
+
+    The replicas of a role are what remains: dp = world size / (tp * pp).
+    """
+
+    policy: RoleLayout = RoleLayout()
+    """Layout of the policy."""
+    critic: RoleLayout = RoleLayout()
+    """Layout of the critic."""
+    reference: RoleLayout = RoleLayout()
+    """Layout of the reference model."""
+    reward: RoleLayout = RoleLayout()
+    """Layout of the reward model."""
+    sequence_parallel: bool = False
+    """Split activations between the tensor-parallel regions along the sequence (no effect at tp = 1)."""
+    timeout_seconds: Positive = 600
+    """A collective that takes longer fails on every rank."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        """tp and pp given for the whole section are the default of every role."""
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        shared = {key: data.pop(key) for key in ("tp", "pp") if key in data}
+        if shared:
+            for role in ROLES:
+                own = data.get(role, {})
+                if isinstance(own, RoleLayout):
+                    own = own.model_dump()
+                data[role] = {**shared, **own} if isinstance(own, dict) else own
+        return data
+
+
+class OptimConfig(Section):
+    """AdamW, learning-rate schedule and gradient clipping."""
+
+    lr: NonNegative = 5e-7
+    """Peak learning rate of the policy (and of the one model of `sft` and `reward`). Source: 5e-7 policy, P p.11."""
+    critic_lr: NonNegative = 1.65e-6
+    """Peak learning rate of the critic. Source: 1.65e-6, P p.11; the released code has 1.5e-6."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's decay rates. Source: released code."""
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Adam's epsilon. Source: released code (policy)."""
+    critic_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon of the critic. Source: released code."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of matrices. Source: 0, released code."""
+    grad_clip: NonNegative = 1.0
+    """Largest global L2 norm of the gradient; 0 turns clipping off. Source: 1.0, released code."""
+    joint_grad_clip: bool = True
+    """Clip policy and critic by their joint norm, as the released code does; false: each by its own."""
+    schedule: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
+    """Decay after the warm-up. Source: inverse_sqrt, released code; cosine for SFT, P p.11."""
+    warmup_fraction: Fraction = 0.1
+    """Warm-up as a fraction of all optimizer steps. Source: P p.11."""
+    warmup_steps: Count | None = None
+    """Warm-up in optimizer steps; overrides warmup_fraction."""
+    min_lr_ratio: Fraction = 0.1
+    """The cosine schedule ends at this fraction of the peak. Source: 10 %, P p.11."""
+
+
+class DataSource(Section):
+    """One file, folder or `datasets` name, with its share in a mixture."""
+
+    path: str
+    """File (.jsonl, .json, .jsonl.gz, .json.gz), or `datasets:NAME[:SPLIT]`."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the rows drawn from this source, relative to the others."""
+    format: Literal["auto", "hh", "dialogues", "pairs", "prompts", "sft"] = "auto"
+    """hh: {"chosen": "\\n\\nHuman: ...", "rejected": ...}; dialogues: JSON list of lists of turns (released prompts and SFT data);
+    pairs: JSON list of {"chosen": [turns], "rejected": [turns]} (released preference data); prompts: {"prompt": ...} per line;
+    sft: {"messages": [{"role", "content"}]} per line; auto: found from the first row."""
+
+
+class DataConfig(Section):
+    """What a stage reads and how text becomes tokens."""
+
+    train: tuple[DataSource, ...] = ()
+    """Training rows of the stage: dialogues for sft, pairs for reward, prompts for critic and ppo. A string is short for {path = ...}."""
+    eval: tuple[DataSource, ...] = ()
+    """Held-out rows of the same kind."""
+    ptx: tuple[DataSource, ...] = ()
+    """Dialogues of the language-model loss mixed into PPO (ppo.ptx_coef)."""
+    template: Literal["paper_en", "paper_zh", "chat_template"] = "paper_en"
+    """Prompt template. Source: released code; chat_template takes the tokenizer's own."""
+    system_prompt: str = ""
+    """Text put before the first turn."""
+    max_length: Positive = 2048
+    """Longest prompt + response, tokens; older turns are dropped first. Source: 2048, P p.18."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A bad row ends the run (error), or is left out, counted and listed (skip)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for key in ("train", "eval", "ptx"):
+            value = data.get(key)
+            if isinstance(value, str | dict):
+                value = [value]
+            if isinstance(value, list | tuple):
+                data[key] = [{"path": item} if isinstance(item, str) else item for item in value]
+        return data
+
+
+class SamplingConfig(Section):
+    """How responses are sampled."""
+
+    temperature: NonNegative = 0.8
+    """Logits are divided by this; 0 is greedy. Source: 0.8, P p.18."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus: smallest set of tokens with at least this probability. Source: 0.9, P p.18."""
+    top_k: Count = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.1
+    """Penalty on tokens generated so far (not the prompt), once per distinct token. Source: 1.1, P p.18."""
+    max_new_tokens: Positive = 512
+    """Longest response, tokens. Source: 512 (length curves, P p.13)."""
+    batch_size: Positive = 64
+    """Responses decoded at the same time on one replica."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning."""
+
+    epochs: NonNegative = 2.0
+    """Passes over the data when train.steps is 0. Source: 2, P p.11."""
+
+
+class RewardConfig(Section):
+    """Reward-model training."""
+
+    lm_coef: NonNegative = 1.0
+    """Weight of the language-model loss on the chosen response, Eq. 2. Source: beta_rm = 1, P p.9; the released script has 0."""
+    min_pairs: Positive = 4
+    """Fewest pairs of a dynamic batch. Source: 4, P p.8."""
+    max_pairs: Positive = 128
+    """Most pairs of a dynamic batch. Source: 128, P p.8."""
+    tokens_per_batch: Positive = 32768
+    """A dynamic batch takes pairs until their tokens reach this number."""
+    epochs: NonNegative = 1.0
+    """Passes over the data when train.steps is 0. Source: about 1, P p.8."""
+
+
+class CriticConfig(Section):
+    """Critic pre-training (P p.15-16): the policy is frozen, only the value loss is trained."""
+
+    stop_loss: NonNegative = 0.0
+    """Stop when the value loss of one rollout falls below this; 0: run all train.steps."""
+
+
+class PpoConfig(Section):
+    """PPO-max and its variants; every detail of the paper's Fig. 5 is a switch."""
+
+    preset: Literal["ppo_max", "moss_script_en", "moss_script_zh", "none"] = "ppo_max"
+    """Fills what the file leaves unset. ppo_max: the paper's settings; moss_script_*: the released scripts'."""
+    rollout_size: Positive = 128
+    """Responses sampled per iteration, over all replicas. Source: 128, P p.11."""
+    minibatch_size: Positive = 32
+    """Responses per optimizer step, over all replicas. Source: 32, P p.11."""
+    epochs: Positive = 1
+    """Passes over one rollout. Source: 1, P p.11."""
+    kl_coef: NonNegative = 0.1
+    """Weight of the token-level KL penalty, Eq. 19. Source: 0.1 (the plotted run of Fig. 7)."""
+    kl_estimator: Literal["k1", "k2", "k3", "full"] = "k1"
+    """KL(policy || reference) per token: from the sampled token (k1, k2, k3) or both whole distributions (full). Source: k1."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: kl_coef follows kl_target (Ziegler et al. 2019)."""
+    kl_target: Annotated[float, Field(gt=0)] = 0.05
+    """Mean k1 KL per token, nats, that the adaptive controller steers to."""
+    kl_horizon: Positive = 10000
+    """Responses after which the adaptive controller has corrected fully."""
+    reward_scaling: Literal["none", "scale", "norm"] = "norm"
+    """scale: scores / running std (Fig. 5 item 4); norm: (scores - running mean) / running std (item 5, Eq. 18)."""
+    reward_clip: Annotated[float, Field(gt=0)] | None = 10.0
+    """Scaled scores are clipped to +- this. Source: 10, default of the released code; the paper gives none for PPO-max."""
+    advantage_norm: bool = False
+    """Whiten the advantages of each minibatch over all replicas (item 6). Source: off in PPO-max."""
+    advantage_clip: Annotated[float, Field(gt=0)] | None = None
+    """Clip advantages (after advantage_norm) to +- this (item 6)."""
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """Clip new values to old values +- this in the value loss (item 7). Source: 0.2."""
+    value_coef: NonNegative = 1.0
+    """Weight of the value loss. Source: 1, released code."""
+    critic_init: Literal["reward", "sft"] = "reward"
+    """Critic from the reward model, or from the SFT model with a fresh head (item 8), where model.critic is empty."""
+    gamma: Fraction = 1.0
+    """Discount. Source: 1, released code."""
+    lam: Fraction = 0.9
+    """GAE lambda (item 10). Source: 0.9, P p.29."""
+    objective: Literal["clip", "penalty"] = "clip"
+    """clip: Eq. 15 (item 11); penalty: Eq. 14."""
+    policy_clip: Annotated[float, Field(gt=0)] | tuple[float, float] | None = 0.2
+    """Ratio clip: one number, (low, high), or unset ("none" in the file) for no clip. Source: 0.2, released code."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the loss for negative advantages, in units of the advantage."""
+    penalty_beta: NonNegative = 0.1
+    """Weight of KL(old policy || policy) in Eq. 14 (objective = "penalty")."""
+    importance_sampling: bool = False
+    """Ratio against the reference instead of the rollout policy (item 2)."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus (item 3). Source: 0 in PPO-max; 0.01 in Fig. 16."""
+    entropy_target: Annotated[float, Field(gt=0)] | None = None
+    """Thresholded bonus coef * |mean entropy - target|, nats; unset: plain bonus."""
+    ptx_coef: NonNegative = 0.0
+    """Weight of the language-model loss on data.ptx, Eq. 17."""
+    ptx_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """ptx dialogues per response of a minibatch. Source: 1, released code."""
+    target_kl: Annotated[float, Field(gt=0)] | None = None
+    """Leave the epochs of a rollout when the k3 KL from the rollout policy exceeds this."""
+    no_eos_penalty: NonNegative = 0.0
+    """Subtracted from the scaled score of a response without EOS."""
+    mask_no_eos: bool = False
+    """Leave responses without EOS out of both losses."""
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """Old log-probs from a forward pass of the trainer, or from the sampler's T = 1 logits."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "PpoConfig":
+        if self.rollout_size % self.minibatch_size:
+            raise ValueError(
+                f"ppo.rollout_size {self.rollout_size} is not a multiple of ppo.minibatch_size {self.minibatch_size}; "
+                f"set ppo.minibatch_size to a divisor of {self.rollout_size}"
+            )
+        if isinstance(self.policy_clip, tuple) and min(self.policy_clip) <= 0:
+            raise ValueError(f"ppo.policy_clip {self.policy_clip}: expected two positive numbers (low, high)")
+        if self.entropy_target is not None and self.entropy_coef == 0:
+            raise ValueError("ppo.entropy_target is set but ppo.entropy_coef is 0; set ppo.entropy_coef (0.01 in Fig. 16)")
+        return self
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of a running stage."""
+
+    every: Count = 0
+    """Save after every this many steps; 0: only the final Hugging Face folder."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+    resume: str = "never"
+    """"auto": go on from the newest checkpoint of train.output; "never"; or the path of a checkpoint."""
+
+
+class MonitorConfig(Section):
+    """What is measured on held-out data, and how often."""
+
+    eval_every: Count = 0
+    """Evaluate on data.eval after every this many steps; 0: only before and after."""
+    eval_size: Positive = 128
+    """Held-out rows used by one evaluation (the first ones of data.eval)."""
+    num_samples: Count = 8
+    """Dialogues written out by an evaluation."""
+
+
+class TrainConfig(Section):
+    """The run itself."""
+
+    output: str = "runs/run"
+    """Run folder: config.toml, versions.json, metrics.jsonl, checkpoints and the final hf/ folder."""
+    steps: Count = 0
+    """Optimizer steps of sft and reward (0: from their epochs), PPO iterations (rollouts) of critic and ppo."""
+    batch_size: Positive = 32
+    """Dialogues per optimizer step of sft, over all replicas. Source: 1024, P p.11 (7B)."""
+    tokens_per_microbatch: Positive = 8192
+    """Tokens of one packed forward and backward pass on one replica; memory grows with it, results do not depend on it."""
+    seed: Count = 42
+    """Seed of every random draw."""
+    max_skipped_steps: Count = 0
+    """Steps in a row with a non-finite loss or gradient that are skipped before the run stops (exit code 6)."""
+    log_every: Positive = 1
+    """Print a line after every this many steps; metrics.jsonl gets all of them."""
+
+
+class RunConfig(Section):
+    """The whole tree."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    sft: SftConfig = SftConfig()
+    reward: RewardConfig = RewardConfig()
+    critic: CriticConfig = CriticConfig()
+    ppo: PpoConfig = PpoConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    train: TrainConfig = TrainConfig()

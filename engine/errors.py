@@ -1,0 +1,46 @@
+"""The errors a user can meet, and the exit code each one ends the process with.
+
+Every message says what is wrong, where, what was expected and what to do. `engine/cli.py` prints it without a traceback.
+"""
+
+
+class PpomaxError(Exception):
+    """Base of the errors that are reported without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(PpomaxError):
+    """The configuration or command line is wrong; the user can fix it."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(PpomaxError):
+    """The run cannot fit into the memory or context that is there."""
+
+    exit_code = 3
+
+
+class DataError(PpomaxError):
+    """A data file is missing or has a bad row: names file, line and fault."""
+
+    exit_code = 4
+
+
+class CheckpointError(PpomaxError):
+    """A checkpoint or Hugging Face folder is missing, damaged or of another shape."""
+
+    exit_code = 5
+
+
+class DivergedError(PpomaxError):
+    """Training produced non-finite numbers: names step, number and last good checkpoint."""
+
+    exit_code = 6
+
+
+class PeerFailedError(PpomaxError):
+    """Another rank failed first; this rank stops because it cannot go on alone."""
+
+    exit_code = 7
