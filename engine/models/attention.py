@@ -1,0 +1,200 @@
+"""Self-attention over packed sequences, for training and for decoding with a key / value cache.
+
+Every tensor is packed: sequences end to end along one token axis, no padding. What the layers need to know of the packing
+travels as `PackedSequences` in the place of Megatron's `packed_seq_params`, so that its blocks, recomputation and
+pipelines carry it along unchanged.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from ppomax.engine.models.shape import ModelShape
+from ppomax.kernels.rope import rope
+
+
+class KeyValueCache(Protocol):
+    """What attention asks of a cache while decoding (rollout/kv_cache.py)."""
+
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Appends key and value [N, groups, head_dim] and returns the attention output [N, heads, head_dim]."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """The packing of N tokens.
+
+    cu_seqlens [n + 1] int32: where each sequence starts, and N. max_seqlen: the longest one.
+    cos, sin [N, head_dim / 2] float32: rotary factors of each token's position.
+    backend: attention kernel, one of "flash_attn", "varlen", "sdpa". cache: set while decoding.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    cos: Tensor
+    sin: Tensor
+    backend: str
+    cache: KeyValueCache | None = None
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's SelfAttention (its projections, its checkpoint layout) with RoPE and core attention over packed sequences."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *unused: object, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        pack: PackedSequences = kwargs["packed_seq_params"]
+        query, key, value = self._query_key_value(hidden_states)
+        query, key = rope(query, pack.cos, pack.sin), rope(key, pack.cos, pack.sin)
+        if pack.cache is not None:
+            output = pack.cache.attend(self.layer_number, query, key, value)
+        elif self.checkpoint_core_attention and self.training:
+            output = checkpoint(lambda q, k, v: packed_attention(q, k, v, pack), False, query, key, value)
+        else:
+            output = packed_attention(query, key, value, pack)
+        projected, bias = self.linear_proj(output.reshape(output.shape[0], 1, -1))
+        return projected, bias
+
+    def _query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N(/tp), 1, H] -> query [N, heads/tp, head_dim], key and value [N, groups/tp, head_dim]."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = mixed.squeeze(1)  # [N, (groups * (heads_per_group + 2) * head_dim) / tp]
+        config, tp = self.config, self.pg_collection.tp
+        groups, head_dim = config.num_query_groups, config.kv_channels
+        heads_per_group = config.num_attention_heads // groups
+        ranks_per_group = max(1, tp.size() // groups)
+        if ranks_per_group > 1:
+            # A group spans several ranks: gather, keep this rank's whole group, then its query heads.
+            mixed = _gather_columns(mixed, tp)
+            group_size = mixed.shape[-1] // groups
+            start = tp.rank() // ranks_per_group * group_size
+            mixed = mixed[:, start : start + group_size]
+        local_groups = max(1, groups // tp.size())
+        mixed = mixed.view(mixed.shape[0], local_groups, (heads_per_group + 2) * head_dim)
+        query, key, value = mixed.split([heads_per_group * head_dim, head_dim, head_dim], dim=2)
+        query = query.reshape(query.shape[0], -1, head_dim)
+        if ranks_per_group > 1:
+            query = query.chunk(ranks_per_group, dim=1)[tp.rank() % ranks_per_group]
+        if config.qk_layernorm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
+
+
+class _GatherColumns(torch.autograd.Function):
+    """All-gather along the last dimension; the gradients of all ranks are summed and each takes its slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size(), dim=-1)[ctx.group.rank()].contiguous(), None
+
+
+def _gather_columns(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return _GatherColumns.apply(x, group)
+
+
+class NoCoreAttention(torch.nn.Module):
+    """Stands where Megatron's spec wants a core-attention module; `packed_attention` does its work."""
+
+    def __init__(self, **unused: object) -> None:
+        super().__init__()
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+    """Causal attention inside each sequence: query [N, heads, d], key and value [N, groups, d] -> [N, heads, d]."""
+    if pack.backend == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        cu, longest = pack.cu_seqlens, pack.max_seqlen
+        return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True)
+    if pack.backend == "varlen":
+        return _varlen(query, key, value, pack)
+    return _padded_sdpa(query, key, value, pack)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+    """torch.nn.attention.varlen; its keywords changed between torch releases, so they are probed."""
+    attend, causal, has_gqa = _varlen_function()
+    if has_gqa:
+        causal = {**causal, "enable_gqa": True}
+    elif query.shape[1] != key.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    cu, longest = pack.cu_seqlens, pack.max_seqlen
+    return attend(query, key, value, cu, cu, longest, longest, **causal)
+
+
+@lru_cache(maxsize=1)
+def _varlen_function() -> tuple[Callable[..., Tensor], dict[str, Any], bool]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    return varlen_attn, causal, "enable_gqa" in names
+
+
+def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+    """Pads every sequence on the right to the longest: under a causal mask no real token sees the padding behind it."""
+    num_tokens, num_sequences = query.shape[0], pack.cu_seqlens.numel() - 1
+    if num_sequences == 1:
+        parts = [x.transpose(0, 1)[None] for x in (query, key, value)]
+        return scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    starts, lengths = pack.cu_seqlens[:-1].long(), pack.cu_seqlens.diff().long()
+    column = torch.arange(pack.max_seqlen, device=query.device)
+    index = torch.where(column < lengths[:, None], starts[:, None] + column, num_tokens)  # [n, longest]
+    parts = [pad(x, (0, 0, 0, 0, 0, 1))[index].transpose(1, 2) for x in (query, key, value)]
+    output = scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2)
+    sequence = torch.repeat_interleave(torch.arange(num_sequences, device=query.device), lengths, output_size=num_tokens)
+    return output[sequence, torch.arange(num_tokens, device=query.device) - starts[sequence]]
+
+
+def choose_backend(requested: str, dtype: torch.dtype) -> str:
+    """The attention kernel for "auto": flash-attn when importable, torch's variable-length attention on CUDA, else SDPA."""
+    if requested != "auto":
+        return requested
+    if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attn"
+    return "varlen" if importlib.util.find_spec("torch.nn.attention.varlen") is not None else "sdpa"
+
+
+def rotary_factors(positions: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, head_dim / 2] float32 of the positions [N], with the shape's frequency scaling."""
+    angles = positions.float()[:, None] * inverse_frequencies(shape).to(positions.device)[None]
+    return angles.cos(), angles.sin()
+
+
+def inverse_frequencies(shape: ModelShape) -> Tensor:
+    """Rotary frequencies [head_dim / 2] float32; "llama3" stretches the long wavelengths as Llama 3.1 does."""
+    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    frequencies = 1.0 / (shape.rope_theta**exponent)
+    scaling = shape.rope_scaling
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind != "llama3":
+        return frequencies
+    # Rotations within the original context: few of them are interpolated, many are kept, those between are blended.
+    rotations = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((rotations - scaling.low_freq_factor) / span).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor

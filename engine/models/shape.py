@@ -1,0 +1,87 @@
+"""The shape of a Llama-family model: what is needed to build it, whatever format its weights come in."""
+
+from dataclasses import dataclass, field
+
+from ppomax.engine.config import ArchitectureConfig
+from ppomax.engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the rotary frequencies: kind "default", "linear" or "llama3" with Hugging Face's parameter names."""
+
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes as in Hugging Face's LlamaConfig; vocab_size without padding; scalar: one value per token instead of logits."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    scalar: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    family: str = "llama"
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """The vocabulary rounded up to a multiple of tp; padding rows are masked in every softmax and dropped on export."""
+        return -(-self.vocab_size // tp) * tp
+
+    def num_parameters(self) -> int:
+        """Unique parameters, vocabulary padding left out."""
+        h, hd = self.hidden_size, self.head_dim
+        attention = h * hd * (2 * self.num_heads + 2 * self.num_query_groups)
+        if self.qkv_bias:
+            attention += hd * (self.num_heads + 2 * self.num_query_groups)
+        if self.qk_norm:
+            attention += 2 * hd
+        layer = attention + 3 * h * self.ffn_hidden_size + 2 * h
+        embedding = self.vocab_size * h
+        head = h if self.scalar else (0 if self.tie_embeddings else embedding)
+        return self.num_layers * layer + h + embedding + head
+
+
+def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool = False) -> ModelShape:
+    """The shape of a model that starts from random weights; vocab_size is the tokenizer's, used where init names none."""
+    if init.vocab_size is not None and init.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.init.vocab_size {init.vocab_size} is smaller than the tokenizer's {vocab_size} tokens; leave it unset"
+        )
+    if init.head_dim is None and init.hidden_size % init.num_heads:
+        raise ConfigError(
+            f"model.init.hidden_size {init.hidden_size} is not divisible by model.init.num_heads {init.num_heads}; "
+            "set model.init.head_dim or change one of them"
+        )
+    if init.num_heads % init.num_query_groups:
+        raise ConfigError(
+            f"model.init.num_heads {init.num_heads} is not a multiple of model.init.num_query_groups {init.num_query_groups}"
+        )
+    return ModelShape(
+        vocab_size=init.vocab_size or vocab_size,
+        hidden_size=init.hidden_size,
+        num_layers=init.num_layers,
+        num_heads=init.num_heads,
+        num_query_groups=init.num_query_groups,
+        head_dim=init.head_dim or init.hidden_size // init.num_heads,
+        ffn_hidden_size=init.ffn_hidden_size,
+        max_position_embeddings=init.max_position_embeddings,
+        rope_theta=init.rope_theta,
+        norm_eps=init.norm_eps,
+        tie_embeddings=init.tie_embeddings and not scalar,
+        scalar=scalar,
+    )

@@ -1,0 +1,85 @@
+"""Process groups of a role, made from its layout: what Megatron takes as `pg_collection`, without its global `parallel_state`."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from ppomax.engine.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class RoleGroups:
+    """The groups of one role on this rank.
+
+    megatron: tp, pp, dp and the rest under Megatron's names.
+    results: the ranks with this rank's tp coordinate: a sum over them brings every result of the last stages to every rank.
+    """
+
+    layout: ParallelLayout
+    megatron: ProcessGroupCollection
+    results: dist.ProcessGroup
+
+    @property
+    def tp_rank(self) -> int:
+        return self.megatron.tp.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.megatron.pp.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.megatron.dp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+
+def make_groups(layouts: dict[str, ParallelLayout]) -> dict[str, RoleGroups]:
+    """The groups of each role; roles of equal layout share theirs. Every rank of the world must call it with the same layouts."""
+    made: dict[ParallelLayout, RoleGroups] = {}
+    for layout in layouts.values():
+        if layout not in made:
+            made[layout] = _make(layout)
+    return {role: made[layout] for role, layout in layouts.items()}
+
+
+def _make(layout: ParallelLayout) -> RoleGroups:
+    grid = HyperCommGrid([layout.tp, 1, layout.pp, layout.dp], ["tp", "cp", "pp", "dp"])
+    groups = ProcessGroupCollection()
+    groups.tp = grid.create_pg(["tp"])
+    groups.cp = grid.create_pg(["cp"])
+    groups.pp = grid.create_pg(["pp"])
+    groups.dp = grid.create_pg(["dp"])
+    groups.mp = grid.create_pg(["tp", "pp"])
+    groups.tp_cp = grid.create_pg(["tp", "cp"])
+    groups.dp_cp = grid.create_pg(["cp", "dp"])
+    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
+    # The distributed optimizer sums gradient norms over all ranks that hold a part of the model.
+    groups.intra_dist_opt = grid.create_pg(["tp", "cp", "pp", "dp"])
+    # There are no experts: a group of one for what asks for them, and the dense groups where a size must agree.
+    groups.ep = groups.cp
+    groups.expt_dp = groups.dp
+    groups.tp_ep_pp = groups.mp
+    groups.embd = _embedding_group(grid)
+    groups.pos_embd = None
+    return RoleGroups(layout=layout, megatron=groups, results=grid.create_pg(["pp", "dp"]))
+
+
+def _embedding_group(grid: HyperCommGrid) -> dist.ProcessGroup:
+    """First and last stage of each pipeline: they hold copies of tied embeddings."""
+    ranks = [sorted({pipeline[0], pipeline[-1]}) for pipeline in grid.get_rank_enum(["pp"])]
+    mine = None
+    for members in ranks:
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group
+    # Ranks of middle stages belong to none; Megatron skips a group that this rank is not in.
+    return mine if mine is not None else dist.GroupMember.NON_GROUP_MEMBER

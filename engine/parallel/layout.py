@@ -1,0 +1,55 @@
+"""How one role is spread over the ranks of a run: arithmetic only, no torch.
+
+Turns the layouts of the configuration and the number of ranks into `ParallelLayout`s, or says why that cannot be.
+`groups.py` makes process groups from them.
+"""
+
+from dataclasses import dataclass
+
+from ppomax.engine.config import ROLES, RoleLayout, RunConfig
+from ppomax.engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """tp * pp * dp ranks: tensor-parallel ranks are neighbours, then pipeline stages, then replicas."""
+
+    tp: int
+    pp: int
+    dp: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that the role takes."""
+        return self.tp * self.pp * self.dp
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tp_rank, pp_rank, dp_rank) of a rank of the role, in the order of Megatron's grid [tp, cp = 1, pp, dp]."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank {rank} is outside the {self.num_ranks} ranks of {self}")
+        return rank % self.tp, rank // self.tp % self.pp, rank // (self.tp * self.pp)
+
+
+def make_layout(role: str, layout: RoleLayout, world_size: int) -> ParallelLayout:
+    """The layout of `role` over all ranks of the run; raises ConfigError if its product does not divide them."""
+    replica_size = layout.tp * layout.pp
+    if world_size % replica_size:
+        fits = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ConfigError(
+            f"parallel.{role}: tp {layout.tp} * pp {layout.pp} = {replica_size} does not divide the {world_size} "
+            f"{'rank' if world_size == 1 else 'ranks'} of this run; set parallel.{role}.tp and parallel.{role}.pp so that their product is "
+            f"one of {', '.join(map(str, fits))}, or start a multiple of {replica_size} ranks (torchrun --nproc-per-node)"
+        )
+    return ParallelLayout(tp=layout.tp, pp=layout.pp, dp=world_size // replica_size)
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Raises one ConfigError that lists every role whose layout does not fit on `world_size` ranks."""
+    faults = []
+    for role in ROLES:
+        try:
+            make_layout(role, getattr(config.parallel, role), world_size)
+        except ConfigError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigError("\n".join(faults))
