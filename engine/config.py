@@ -20,7 +20,7 @@ ROLES = ("policy", "critic", "reference", "reward")
 class Section(BaseModel):
     """One [section] of the file: frozen, no unknown keys, docstrings become the help text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ArchitectureConfig(Section):
@@ -56,8 +56,8 @@ class ModelConfig(Section):
     """Where the models come from and how they compute."""
 
     policy: str = ""
-    """Hugging Face folder that the policy starts from (the base model of `sft` and `reward`, the SFT model of `critic` and `ppo`).
-    Empty: random weights of the shape in [model.init]."""
+    """Hugging Face folder that the policy starts from (the base model of `sft` and `reward`, the SFT model of `critic`
+    and `ppo`). Empty: random weights of the shape in [model.init]."""
     reward: str = ""
     """Hugging Face folder of the reward model (one scalar per token)."""
     critic: str = ""
@@ -107,18 +107,19 @@ class ParallelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, data: Any) -> Any:
-        """tp and pp given for the whole section are the default of every role."""
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        shared = {key: data.pop(key) for key in ("tp", "pp") if key in data}
-        if shared:
-            for role in ROLES:
-                own = data.get(role, {})
-                if isinstance(own, RoleLayout):
-                    own = own.model_dump()
-                data[role] = {**shared, **own} if isinstance(own, dict) else own
-        return data
+        return expand_roles(data) if isinstance(data, dict) else data
+
+
+def expand_roles(parallel: dict[str, Any]) -> dict[str, Any]:
+    """[parallel] with tp and pp, where given for the whole section, moved into every role that does not set its own."""
+    expanded = {key: value for key, value in parallel.items() if key not in ("tp", "pp")}
+    shared = {key: parallel[key] for key in ("tp", "pp") if key in parallel}
+    for role in ROLES if shared else ():
+        own = parallel.get(role, {})
+        if isinstance(own, RoleLayout):
+            own = own.model_dump()
+        expanded[role] = {**shared, **own} if isinstance(own, dict) else own
+    return expanded
 
 
 class OptimConfig(Section):
@@ -158,16 +159,17 @@ class DataSource(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the rows drawn from this source, relative to the others."""
     format: Literal["auto", "hh", "dialogues", "pairs", "prompts", "sft"] = "auto"
-    """hh: {"chosen": "\\n\\nHuman: ...", "rejected": ...}; dialogues: JSON list of lists of turns (released prompts and SFT data);
-    pairs: JSON list of {"chosen": [turns], "rejected": [turns]} (released preference data); prompts: {"prompt": ...} per line;
-    sft: {"messages": [{"role", "content"}]} per line; auto: found from the first row."""
+    """hh: {"chosen": "\\n\\nHuman: ...", "rejected": ...}; dialogues: JSON list of lists of turns (released prompts and
+    SFT data); pairs: JSON list of {"chosen": [turns], "rejected": [turns]} (released preference data);
+    prompts: {"prompt": ...} per line; sft: {"messages": [{"role", "content"}]} per line; auto: told by the first row."""
 
 
 class DataConfig(Section):
     """What a stage reads and how text becomes tokens."""
 
     train: tuple[DataSource, ...] = ()
-    """Training rows of the stage: dialogues for sft, pairs for reward, prompts for critic and ppo. A string is short for {path = ...}."""
+    """Training rows of the stage: dialogues for sft, pairs for reward, prompts for critic and ppo.
+    A string is short for {path = ...}."""
     eval: tuple[DataSource, ...] = ()
     """Held-out rows of the same kind."""
     ptx: tuple[DataSource, ...] = ()
@@ -192,7 +194,7 @@ class DataConfig(Section):
             if isinstance(value, str | dict):
                 value = [value]
             if isinstance(value, list | tuple):
-                data[key] = [{"path": item} if isinstance(item, str) else item for item in value]
+                data[key] = tuple({"path": item} if isinstance(item, str) else item for item in value)
         return data
 
 
@@ -224,7 +226,8 @@ class RewardConfig(Section):
     """Reward-model training."""
 
     lm_coef: NonNegative = 1.0
-    """Weight of the language-model loss on the chosen response, Eq. 2. Source: beta_rm = 1, P p.9; the released script has 0."""
+    """Weight of the language-model loss on the chosen response, Eq. 2. Source: beta_rm = 1, P p.9; 0 in the released
+    script."""
     min_pairs: Positive = 4
     """Fewest pairs of a dynamic batch. Source: 4, P p.8."""
     max_pairs: Positive = 128
@@ -256,7 +259,8 @@ class PpoConfig(Section):
     kl_coef: NonNegative = 0.1
     """Weight of the token-level KL penalty, Eq. 19. Source: 0.1 (the plotted run of Fig. 7)."""
     kl_estimator: Literal["k1", "k2", "k3", "full"] = "k1"
-    """KL(policy || reference) per token: from the sampled token (k1, k2, k3) or both whole distributions (full). Source: k1."""
+    """KL(policy || reference) per token: from the sampled token (k1, k2, k3) or both whole distributions (full).
+    Source: k1, released code."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: kl_coef follows kl_target (Ziegler et al. 2019)."""
     kl_target: Annotated[float, Field(gt=0)] = 0.05
@@ -266,7 +270,7 @@ class PpoConfig(Section):
     reward_scaling: Literal["none", "scale", "norm"] = "norm"
     """scale: scores / running std (Fig. 5 item 4); norm: (scores - running mean) / running std (item 5, Eq. 18)."""
     reward_clip: Annotated[float, Field(gt=0)] | None = 10.0
-    """Scaled scores are clipped to +- this. Source: 10, default of the released code; the paper gives none for PPO-max."""
+    """Scaled scores are clipped to +- this. Source: 10, default of the released code; the paper gives none."""
     advantage_norm: bool = False
     """Whiten the advantages of each minibatch over all replicas (item 6). Source: off in PPO-max."""
     advantage_clip: Annotated[float, Field(gt=0)] | None = None
@@ -318,7 +322,7 @@ class PpoConfig(Section):
         if isinstance(self.policy_clip, tuple) and min(self.policy_clip) <= 0:
             raise ValueError(f"ppo.policy_clip {self.policy_clip}: expected two positive numbers (low, high)")
         if self.entropy_target is not None and self.entropy_coef == 0:
-            raise ValueError("ppo.entropy_target is set but ppo.entropy_coef is 0; set ppo.entropy_coef (0.01 in Fig. 16)")
+            raise ValueError("ppo.entropy_target is set but ppo.entropy_coef is 0; set it (0.01 in Fig. 16)")
         return self
 
 
@@ -354,7 +358,7 @@ class TrainConfig(Section):
     batch_size: Positive = 32
     """Dialogues per optimizer step of sft, over all replicas. Source: 1024, P p.11 (7B)."""
     tokens_per_microbatch: Positive = 8192
-    """Tokens of one packed forward and backward pass on one replica; memory grows with it, results do not depend on it."""
+    """Tokens of one packed forward and backward pass on one replica. It changes memory, not results."""
     seed: Count = 42
     """Seed of every random draw."""
     max_skipped_steps: Count = 0

@@ -34,11 +34,13 @@ def make_layout(role: str, layout: RoleLayout, world_size: int) -> ParallelLayou
     """The layout of `role` over all ranks of the run; raises ConfigError if its product does not divide them."""
     replica_size = layout.tp * layout.pp
     if world_size % replica_size:
-        fits = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        fits = ", ".join(str(size) for size in range(1, world_size + 1) if world_size % size == 0)
+        product = f"tp {layout.tp} * pp {layout.pp} = {replica_size}"
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         raise ConfigError(
-            f"parallel.{role}: tp {layout.tp} * pp {layout.pp} = {replica_size} does not divide the {world_size} "
-            f"{'rank' if world_size == 1 else 'ranks'} of this run; set parallel.{role}.tp and parallel.{role}.pp so that their product is "
-            f"one of {', '.join(map(str, fits))}, or start a multiple of {replica_size} ranks (torchrun --nproc-per-node)"
+            f"parallel.{role}: {product} does not divide the {ranks} of this run; "
+            f"set parallel.{role}.tp and parallel.{role}.pp so that their product is one of {fits}, "
+            f"or start a multiple of {replica_size} ranks (torchrun --nproc-per-node)"
         )
     return ParallelLayout(tp=layout.tp, pp=layout.pp, dp=world_size // replica_size)
 

@@ -1,0 +1,76 @@
+"""What a stage needs of its configuration beyond what each section allows: combinations, folders and files."""
+
+from pathlib import Path
+
+from ppomax.engine.config import RunConfig
+from ppomax.engine.errors import CheckpointError, DataError
+
+MODELS_READ: dict[str, tuple[str, ...]] = {
+    "sft": ("policy",),
+    "reward": ("policy",),
+    "critic": ("policy", "reward", "critic", "reference"),
+    "ppo": ("policy", "reward", "critic", "reference"),
+    "evaluate": ("policy", "reward", "reference"),
+}
+"""The folders of [model] that a stage reads."""
+
+
+def impossible_combinations(config: RunConfig, command: str) -> list[str]:
+    """One text per fault: what does not go together, or is missing, in this stage."""
+    data, model, ppo, sampling, train = config.data, config.model, config.ppo, config.sampling, config.train
+    samples = command in ("critic", "ppo", "evaluate")
+    evaluates = command == "evaluate" or config.monitor.eval_every > 0
+    epochs = {"sft": config.sft.epochs, "reward": config.reward.epochs}.get(command, 0.0)
+    checks = {
+        "model.tokenizer is empty and no model folder is given; set model.tokenizer to a tokenizer's folder or file": (
+            not (model.tokenizer or model.policy or model.reward or model.critic)
+        ),
+        f"data.train is empty: {command} has nothing to learn from; set data.train to a file or a list of files": (
+            command != "evaluate" and not data.train
+        ),
+        "data.eval is empty, but held-out rows are to be evaluated; set data.eval (or monitor.eval_every = 0)": (
+            evaluates and not data.eval
+        ),
+        f"reward.min_pairs {config.reward.min_pairs} is larger than reward.max_pairs {config.reward.max_pairs}; "
+        "set reward.max_pairs to at least reward.min_pairs": config.reward.min_pairs > config.reward.max_pairs,
+        f"train.steps and {command}.epochs are both 0: there is nothing to do; set one of them": (
+            command in ("sft", "reward") and train.steps == 0 and epochs == 0
+        ),
+        f"train.steps is 0: {command} needs its number of iterations; set train.steps": (
+            command in ("critic", "ppo") and train.steps == 0
+        ),
+        f"sampling.max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in data.max_length "
+        f"{data.max_length} tokens; lower the one or raise the other": (
+            samples and sampling.max_new_tokens >= data.max_length
+        ),
+        f"ppo.ptx_coef is {ppo.ptx_coef} but data.ptx is empty; set data.ptx to dialogues, or ppo.ptx_coef = 0": (
+            command == "ppo" and ppo.ptx_coef > 0 and not data.ptx
+        ),
+        "ppo.kl_coef is 0, which the adaptive controller can only multiply; set a positive ppo.kl_coef to start from": (
+            ppo.kl_controller == "adaptive" and ppo.kl_coef == 0
+        ),
+    }
+    return [fault for fault, holds in checks.items() if holds]
+
+
+def check_paths(config: RunConfig, command: str) -> None:
+    """Raises CheckpointError or DataError that lists the model folders and data files of the stage that are missing."""
+    model, data, resume = config.model, config.data, config.checkpoint.resume
+    folders = {f"model.{role}": getattr(model, role) for role in MODELS_READ[command]}
+    models = [f"{key} = {path!r}: no such folder" for key, path in folders.items() if path and not Path(path).is_dir()]
+    if model.tokenizer and not Path(model.tokenizer).exists():
+        models.append(f"model.tokenizer = {model.tokenizer!r}: no such file or folder")
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        models.append(f"checkpoint.resume = {resume!r}: no such folder (it takes 'auto', 'never' or a checkpoint)")
+    sources = {"train": data.train, "eval": data.eval, "ptx": data.ptx if command == "ppo" else ()}
+    files = [
+        f"data.{key}: {source.path!r}: no such file"
+        for key, rows in sources.items()
+        for source in rows
+        if not source.path.startswith("datasets:") and not Path(source.path).exists()
+    ]
+    faults = "\n".join([*models, *files, f"Paths are relative to the current folder, {Path.cwd()}"])
+    if models:
+        raise CheckpointError(faults)
+    if files:
+        raise DataError(faults)

@@ -1,0 +1,42 @@
+"""Layout arithmetic: products, coordinates and the messages of layouts that cannot be."""
+
+import itertools
+
+import pytest
+
+from ppomax.engine.config import ParallelConfig, RoleLayout, RunConfig
+from ppomax.engine.errors import ConfigError
+from ppomax.engine.parallel.layout import ParallelLayout, check_layout, make_layout
+
+
+def test_replicas_are_what_tp_and_pp_leave():
+    assert make_layout("policy", RoleLayout(tp=4, pp=2), 32) == ParallelLayout(tp=4, pp=2, dp=4)
+
+
+def test_coordinates_run_through_tp_then_pp_then_dp():
+    layout = ParallelLayout(tp=2, pp=3, dp=2)
+    in_rank_order = [(tp, pp, dp) for dp, pp, tp in itertools.product(range(2), range(3), range(2))]
+    assert [layout.coordinates(rank) for rank in range(layout.num_ranks)] == in_rank_order
+
+
+def test_coordinates_refuse_a_rank_outside_the_role():
+    with pytest.raises(ValueError, match="rank 4 is outside the 4 ranks"):
+        ParallelLayout(tp=2, pp=2, dp=1).coordinates(4)
+
+
+def test_error_spells_the_product_out_and_says_what_would_fit():
+    with pytest.raises(ConfigError) as caught:
+        make_layout("policy", RoleLayout(tp=3, pp=2), 4)
+    assert "parallel.policy: tp 3 * pp 2 = 6 does not divide the 4 ranks" in str(caught.value)
+    assert "one of 1, 2, 4" in str(caught.value)
+
+
+def test_check_layout_lists_every_role_that_does_not_fit():
+    config = RunConfig(parallel=ParallelConfig(critic=RoleLayout(tp=3), reward=RoleLayout(pp=5)))
+    with pytest.raises(ConfigError) as caught:
+        check_layout(config, 2)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["parallel.critic", "parallel.reward"]
+
+
+def test_check_layout_accepts_roles_with_different_replica_counts():
+    check_layout(RunConfig(parallel=ParallelConfig(policy=RoleLayout(tp=2, pp=2), critic=RoleLayout(tp=2))), 4)
