@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -69,6 +74,7 @@ class PackedModel(GPTModel):
             position_embedding_type="none",  # rotary factors come with the pack
             pg_collection=groups.megatron,
         )
+        _mark_tensor_parallel(self)
         self.shape = shape
         self.backend = choose_backend(attention, config.params_dtype)
         if shape.scalar and groups.is_last_stage:
@@ -122,6 +128,18 @@ class PackedModel(GPTModel):
             tp_group=self.pg_collection.tp,
             dp_cp_group=metadata["dp_cp_group"],
         )
+
+
+def _mark_tensor_parallel(model: torch.nn.Module) -> None:
+    """Sets the attributes by which Megatron tells split weights from copies in gradient norms.
+
+    Its layers set them while drawing initial weights, which we skip.
+    """
+    dimensions = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in dimensions and weight is not None:
+            set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], 1)
 
 
 def build_model(

@@ -1,0 +1,221 @@
+"""config.json of a Hugging Face folder, read into a ModelShape and written from one. Plain JSON: transformers is not needed.
+
+Fields that a config.json leaves out have the defaults that transformers gives them. What the engine does not compute (biases
+elsewhere than on q, k, v; sliding windows; experts; other rotary scalings) is refused here, before any weight is read.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ppomax.engine.errors import CheckpointError
+from ppomax.engine.models.shape import ModelShape, RopeScaling
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells the dense Llama-like families apart. class_name: of transformers, before "ForCausalLM"."""
+
+    class_name: str
+    max_position_embeddings: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    num_key_value_heads: int | None = None
+    sliding_window: int | None = None
+
+
+FAMILIES = {
+    "llama": Family("Llama", 2048),
+    "mistral": Family("Mistral", 131072, num_key_value_heads=8, sliding_window=4096),
+    "qwen2": Family("Qwen2", 32768, qkv_bias=True, num_key_value_heads=32),
+    "qwen3": Family("Qwen3", 32768, qk_norm=True, head_dim=128, num_key_value_heads=32),
+}
+
+# LlamaRewardModel is the class of the released reward models of "Secrets of RLHF".
+SCALAR_CLASSES = ("ForSequenceClassification", "RewardModel")
+
+ROPE_THETA = 10000.0  # of all four families
+
+
+def read_shape(folder: str) -> ModelShape:
+    """The shape of the model in a Hugging Face folder; raises CheckpointError where the engine cannot run it."""
+    config = _Config(Path(folder) / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        config.refuse(f"model_type {model_type!r} is not supported", f"expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    _refuse_unsupported(config, family)
+    hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
+    scalar = _is_scalar(config)
+    return ModelShape(
+        vocab_size=config.size("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=config.size("num_hidden_layers"),
+        num_heads=num_heads,
+        num_query_groups=config.size("num_key_value_heads", family.num_key_value_heads or num_heads, null=num_heads),
+        head_dim=config.size("head_dim", family.head_dim or hidden_size // num_heads, null=hidden_size // num_heads),
+        ffn_hidden_size=config.size("intermediate_size"),
+        max_position_embeddings=config.size("max_position_embeddings", family.max_position_embeddings),
+        rope_theta=_rope_theta(config),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)) and not scalar,
+        scalar=scalar,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        family=model_type,
+        rope_scaling=_rope_scaling(config),
+    )
+
+
+def config_json(
+    shape: ModelShape, *, dtype: str, bos_id: int | None, eos_id: int | None, pad_id: int | None
+) -> dict[str, Any]:
+    """What config.json says of a model of this shape, in the fields that transformers 4 and 5 both read."""
+    family = FAMILIES[shape.family]
+    config: dict[str, Any] = {
+        "architectures": [family.class_name + (SCALAR_CLASSES[0] if shape.scalar else "ForCausalLM")],
+        "model_type": shape.family,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn_hidden_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": _rope_scaling_json(shape.rope_scaling),
+        "tie_word_embeddings": shape.tie_embeddings and not shape.scalar,
+        "torch_dtype": dtype,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+    }
+    if family.sliding_window is not None:
+        config["sliding_window"] = None
+    if shape.scalar:
+        config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return config
+
+
+class _Config:
+    """A config.json whose complaints name the file, the field, the value and what was expected."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.fields = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error.strerror}; expected a Hugging Face folder with config.json and safetensors files"
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON ({error}); copy the folder again") from error
+        if not isinstance(self.fields, dict):
+            raise CheckpointError(f"{path} holds {type(self.fields).__name__}, expected a JSON object; copy the folder again")
+
+    def refuse(self, fault: str, advice: str) -> NoReturn:
+        raise CheckpointError(f"{self.path}: {fault}; {advice}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.fields.get(name, default)
+
+    def size(self, name: str, default: int | None = None, *, null: int | None = None) -> int:
+        """A positive integer; default where the field is absent, null (or else default) where it is null."""
+        value = self.get(name, default)
+        if value is None:
+            value = null if null is not None else default
+        if type(value) is not int or value <= 0:
+            self.refuse(f"{name} is {value!r}", "expected a positive integer")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        return self.positive(name, self.get(name, default))
+
+    def positive(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            self.refuse(f"{name} is {value!r}", "expected a positive number")
+        return float(value)
+
+
+def _is_scalar(config: _Config) -> bool:
+    architectures = config.get("architectures") or ["ForCausalLM"]
+    name = str(architectures[0])
+    if name.endswith("ForCausalLM"):
+        return False
+    if not name.endswith(SCALAR_CLASSES):
+        config.refuse(
+            f"architecture {name} is not supported", "expected ...ForCausalLM, or ...ForSequenceClassification with one label"
+        )
+    labels = config.get("num_labels", len(config.get("id2label") or ["score"]))
+    if labels != 1:
+        config.refuse(f"a {name} with {labels} labels", "expected 1: reward models and critics give one number per token")
+    return True
+
+
+def _refuse_unsupported(config: _Config, family: Family) -> None:
+    advice = "the engine does not compute it; choose a model without it"
+    for name in ("attention_bias", "mlp_bias", "num_experts", "num_local_experts", "quantization_config"):
+        if config.get(name):
+            config.refuse(f"{name} is {config.get(name)!r}", advice)
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        config.refuse(f"hidden_act is {config.get('hidden_act')!r}", "expected 'silu'")
+    window = config.get("sliding_window", family.sliding_window)
+    is_used = family.sliding_window is not None or bool(config.get("use_sliding_window"))
+    longest = config.size("max_position_embeddings", family.max_position_embeddings)
+    if is_used and window is not None and window < longest:
+        config.refuse(
+            f"attention looks back over sliding_window = {window} of {longest} positions",
+            "the engine attends to all of them; choose a model without a sliding window",
+        )
+
+
+def _rope_parameters(config: _Config) -> dict[str, Any]:
+    """transformers 5 keeps everything in rope_parameters; transformers 4 has rope_theta, and rope_scaling with type or rope_type."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        config.refuse(f"rope parameters are {parameters!r}", "expected one set of parameters for all layers")
+    factor = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if factor not in (None, 1):
+        config.refuse(f"partial_rotary_factor is {factor!r}", "the engine rotates whole heads")
+    return parameters
+
+
+def _rope_theta(config: _Config) -> float:
+    return config.positive("rope_theta", _rope_parameters(config).get("rope_theta", config.get("rope_theta", ROPE_THETA)))
+
+
+def _rope_scaling(config: _Config) -> RopeScaling:
+    parameters = _rope_parameters(config)
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    wanted: dict[str, tuple[str, ...]] = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    }
+    if kind not in wanted:
+        config.refuse(f"rotary scaling of kind {kind!r} is not supported", f"expected one of {', '.join(wanted)}")
+    factors = {name: config.positive(f"rope parameter {name}", parameters.get(name)) for name in wanted[kind]}
+    if kind != "llama3":
+        return RopeScaling(kind, **factors)
+    original = parameters.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return RopeScaling(
+        kind, **factors, original_max_position_embeddings=int(config.positive("original_max_position_embeddings", original))
+    )
+
+
+def _rope_scaling_json(scaling: RopeScaling) -> dict[str, Any] | None:
+    if scaling.kind == "default":
+        return None
+    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        fields |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return fields
