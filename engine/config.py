@@ -161,7 +161,7 @@ class DataSource(Section):
     format: Literal["auto", "hh", "dialogues", "pairs", "prompts", "sft"] = "auto"
     """hh: {"chosen": "\\n\\nHuman: ...", "rejected": ...}; dialogues: JSON list of lists of turns (released prompts and
     SFT data); pairs: JSON list of {"chosen": [turns], "rejected": [turns]} (released preference data);
-    prompts: {"prompt": ...} per line; sft: {"messages": [{"role", "content"}]} per line; auto: told by the first row."""
+    prompts: {"prompt": ...} per line; sft: {"messages": [{"role", "content"}]} per line; auto: by the first row."""
 
 
 class DataConfig(Section):

@@ -1,8 +1,8 @@
 """From a TOML file and `section.field=value` arguments to a `RunConfig`, and back to a file.
 
-Precedence: arguments, then the file, then the preset (`critic` and `ppo` only), then the defaults of config.py. Faults are
-collected and raised as one `ConfigError`, so that a person can fix all of them at once. Whether the layout fits the ranks
-is `parallel/layout.py`'s question, whether a model's shape is possible `models/shape.py`'s.
+Precedence: arguments, then the file, then the preset (`critic` and `ppo` only), then the defaults of config.py. Faults
+are collected and raised as one `ConfigError`, so that a person can fix all of them at once. Whether the layout fits the
+ranks is the question of `parallel/layout.py`, whether a model's shape is possible that of `models/shape.py`.
 """
 
 import json

@@ -39,18 +39,20 @@ def make_layout(role: str, layout: RoleLayout, world_size: int) -> ParallelLayou
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
         raise ConfigError(
             f"parallel.{role}: {product} does not divide the {ranks} of this run; "
-            f"set parallel.{role}.tp and parallel.{role}.pp so that their product is one of {fits}, "
-            f"or start a multiple of {replica_size} ranks (torchrun --nproc-per-node)"
+            f"choose tp and pp so that their product is one of {fits}, or start a multiple of {replica_size} ranks "
+            "(torchrun --nproc-per-node)"
         )
     return ParallelLayout(tp=layout.tp, pp=layout.pp, dp=world_size // replica_size)
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Raises one ConfigError that lists every role whose layout does not fit on `world_size` ranks."""
+    """Raises one ConfigError that lists every layout that does not fit on `world_size` ranks, and whose it is."""
     faults = []
-    for role in ROLES:
+    layouts = {role: getattr(config.parallel, role) for role in ROLES}
+    for layout in dict.fromkeys(layouts.values()):
+        roles = [role for role in ROLES if layouts[role] == layout]
         try:
-            make_layout(role, getattr(config.parallel, role), world_size)
+            make_layout(", ".join(roles), layout, world_size)
         except ConfigError as error:
             faults.append(str(error))
     if faults:

@@ -28,14 +28,17 @@ def test_error_spells_the_product_out_and_says_what_would_fit():
     with pytest.raises(ConfigError) as caught:
         make_layout("policy", RoleLayout(tp=3, pp=2), 4)
     assert "parallel.policy: tp 3 * pp 2 = 6 does not divide the 4 ranks" in str(caught.value)
-    assert "one of 1, 2, 4" in str(caught.value)
+    assert "one of 1, 2, 4," in str(caught.value)
 
 
 def test_check_layout_lists_every_role_that_does_not_fit():
-    config = RunConfig(parallel=ParallelConfig(critic=RoleLayout(tp=3), reward=RoleLayout(pp=5)))
+    config = RunConfig(
+        parallel=ParallelConfig(critic=RoleLayout(tp=3), reference=RoleLayout(tp=3), reward=RoleLayout(pp=5))
+    )
     with pytest.raises(ConfigError) as caught:
         check_layout(config, 2)
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["parallel.critic", "parallel.reward"]
+    named = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert named == ["parallel.critic, reference", "parallel.reward"]
 
 
 def test_check_layout_accepts_roles_with_different_replica_counts():

@@ -1,0 +1,224 @@
+"""The command `ppomax`: one subcommand per stage of the paper, and a few tools.
+
+Started alone, or by torchrun (`torchrun -m ppomax.engine.cli ppo CONFIG.toml`), where every rank runs `main`. It checks
+the configuration before anything heavy is imported, and turns each error into a message and an exit code.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+from typing import NoReturn
+
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_checks import check_paths
+from ppomax.engine.config_file import load_config, to_toml
+from ppomax.engine.config_help import describe
+from ppomax.engine.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    DoesNotFitError,
+    PeerFailedError,
+    PpomaxError,
+)
+from ppomax.engine.parallel.layout import check_layout
+
+STAGES = {
+    "sft": "supervised fine-tuning on dialogues",
+    "reward": "reward model from preference pairs",
+    "critic": "critic pre-training with a frozen policy",
+    "ppo": "PPO-max",
+    "evaluate": "held-out reward, KL, perplexity and sample dialogues of a policy",
+}
+TOOLS = {
+    "convert": "Hugging Face folders to Megatron checkpoints and back",
+    "quickstart": "all five stages on a small embedded data set",
+    "help": "this text, or `help SECTION`, `help SECTION.FIELD`, `help exit-codes`",
+    "version": "versions of ppomax and what it runs on",
+}
+ERRORS = (ConfigError, DoesNotFitError, DataError, CheckpointError, DivergedError, PeerFailedError)
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `ppomax ARGV...` and returns its exit code; argv is None for the process's own arguments."""
+    try:
+        _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except PpomaxError as error:
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ppomax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        sys.stderr.write(_prefixed(traceback.format_exc()))
+        return 1
+    return 0
+
+
+def exit_codes() -> str:
+    """The table of `ppomax help exit-codes`."""
+    rows = [(0, "Done."), (1, "Anything unexpected; a traceback says what.")]
+    rows += [(error.exit_code, (error.__doc__ or "").strip()) for error in ERRORS]
+    rows.append((INTERRUPTED, "Interrupted by Ctrl-C."))
+    note = "torchrun itself ends with 1 when a rank fails; its summary names the rank's own exit code."
+    return "\n".join(["Exit codes", *(f"  {code:>3}  {meaning}" for code, meaning in rows), "", note])
+
+
+def _dispatch(argv: list[str]) -> None:
+    command, *rest = argv or ["help"]
+    if command in ("-h", "--help"):
+        command = "help"
+    if command in STAGES:
+        _stage(command, rest)
+    elif command == "convert":
+        from ppomax.tools.convert import main as convert
+
+        convert(rest)
+    elif command == "quickstart":
+        from ppomax.tools.quickstart import main as quickstart
+
+        quickstart(rest)
+    elif command == "help":
+        print(_help(rest))
+    elif command in ("version", "--version"):
+        print(_versions())
+    else:
+        guess = difflib.get_close_matches(command, [*STAGES, *TOOLS], n=1)
+        hint = f"did you mean {guess[0]}?" if guess else f"expected one of {', '.join([*STAGES, *TOOLS])}"
+        raise ConfigError(f"{command!r}: no such command; {hint}")
+
+
+def _stage(command: str, argv: list[str]) -> None:
+    arguments = _stage_parser(command).parse_intermixed_args(argv)
+    paths = [argument for argument in arguments.config if "=" not in argument]
+    if len(paths) > 1:
+        raise ConfigError(f"{', '.join(paths)}: expected one configuration file and section.field=value arguments")
+    overrides = [argument for argument in arguments.config if "=" in argument]
+    config = load_config(paths[0] if paths else None, overrides, command=command)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size is not None:
+        if not arguments.dry_run:
+            raise ConfigError("--world-size is for --dry-run; a run takes its ranks from torchrun")
+        if arguments.world_size < 1:
+            raise ConfigError(f"--world-size {arguments.world_size}: expected a number of ranks, 1 or more")
+        world_size = arguments.world_size
+    check_layout(config, world_size)
+    check_paths(config, command)
+    if not arguments.dry_run:
+        _run(command, config)
+    elif _local_rank() == 0:
+        print(to_toml(config), end="")
+
+
+def _run(command: str, config: RunConfig) -> None:
+    if command == "sft":
+        from ppomax.engine.train_sft import run
+    elif command == "reward":
+        from ppomax.engine.train_reward import run
+    elif command == "critic":
+        from ppomax.engine.train_critic import run
+    elif command == "ppo":
+        from ppomax.engine.train_ppo import run
+    else:
+        from ppomax.engine.evaluate import run
+    run(config)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ConfigErrors, so that they leave by the same door as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{self.format_usage().strip()}")
+
+
+def _stage_parser(command: str) -> _Parser:
+    parser = _Parser(
+        prog=f"ppomax {command}",
+        usage=f"ppomax {command} [CONFIG.toml] [section.field=value ...] [--dry-run [--world-size N]]",
+        description=f"{command}: {STAGES[command]}.",
+        epilog=f"Many ranks: torchrun --nproc-per-node N -m ppomax.engine.cli {command} CONFIG.toml ... "
+        "Fields: ppomax help SECTION. Exit codes: ppomax help exit-codes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "config",
+        nargs="*",
+        metavar="CONFIG.toml | section.field=value",
+        help="a TOML file, and values that override it: ppo.lam=0.95 parallel.tp=2 ppo.value_clip=none",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="resolve the configuration, check folders, data files and layout, print it as TOML, and stop",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="with --dry-run: check the layout for N ranks (default: $WORLD_SIZE, else 1)",
+    )
+    return parser
+
+
+def _help(topics: list[str]) -> str:
+    topic = topics[0] if topics else None
+    if topic == "exit-codes":
+        return exit_codes()
+    if topic is not None:
+        return describe(topic)
+    width = max(map(len, [*STAGES, *TOOLS])) + 2
+    stages = [f"  {name:<{width}}{text}" for name, text in STAGES.items()]
+    tools = [f"  {name:<{width}}{text}" for name, text in TOOLS.items()]
+    return "\n".join(
+        [
+            "ppomax STAGE [CONFIG.toml] [section.field=value ...] [--dry-run [--world-size N]]",
+            "torchrun --nproc-per-node N -m ppomax.engine.cli STAGE [CONFIG.toml] [section.field=value ...]",
+            "",
+            "Stages, in the order of the paper (`ppomax STAGE --help`):",
+            *stages,
+            "",
+            "Other commands:",
+            *tools,
+            "",
+            describe(None),
+        ]
+    )
+
+
+def _versions() -> str:
+    python = ".".join(map(str, sys.version_info[:3]))
+    packages = ("ppomax", "torch", "megatron-core", "transformers", "pydantic")
+    return "\n".join([*(f"{package} {metadata.version(package)}" for package in packages), f"python {python}"])
+
+
+def _report(error: PpomaxError) -> None:
+    """One message on standard error.
+
+    Before the ranks are joined, all of a node meet the same fault of configuration or data: its first rank speaks.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if _local_rank() == 0 or joined or not isinstance(error, ConfigError | DataError):
+        sys.stderr.write(_prefixed(f"ppomax: {type(error).__name__}: {error}\n"))
+
+
+def _prefixed(text: str) -> str:
+    """Every line marked with the rank that wrote it, where there are several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return text
+    return "".join(f"[rank {os.environ.get('RANK', '?')}] {line}" for line in text.splitlines(keepends=True))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
