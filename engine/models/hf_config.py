@@ -1,7 +1,7 @@
-"""config.json of a Hugging Face folder, read into a ModelShape and written from one. Plain JSON: transformers is not needed.
+"""config.json of a Hugging Face folder, read into a ModelShape and written from one, without transformers.
 
-Fields that a config.json leaves out have the defaults that transformers gives them. What the engine does not compute (biases
-elsewhere than on q, k, v; sliding windows; experts; other rotary scalings) is refused here, before any weight is read.
+Fields that a config.json leaves out have the defaults that transformers gives them. What the engine does not compute
+(biases elsewhere than on q, k, v; sliding windows; experts; other rotary scalings) is refused here.
 """
 
 import json
@@ -111,12 +111,12 @@ class _Config:
             self.fields = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(
-                f"cannot read {path}: {error.strerror}; expected a Hugging Face folder with config.json and safetensors files"
+                f"cannot read {path}: {error.strerror}; expected a Hugging Face folder: config.json and safetensors"
             ) from error
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON ({error}); copy the folder again") from error
         if not isinstance(self.fields, dict):
-            raise CheckpointError(f"{path} holds {type(self.fields).__name__}, expected a JSON object; copy the folder again")
+            raise CheckpointError(f"{path} holds no JSON object; copy the folder again")
 
     def refuse(self, fault: str, advice: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: {fault}; {advice}")
@@ -149,11 +149,11 @@ def _is_scalar(config: _Config) -> bool:
         return False
     if not name.endswith(SCALAR_CLASSES):
         config.refuse(
-            f"architecture {name} is not supported", "expected ...ForCausalLM, or ...ForSequenceClassification with one label"
+            f"architecture {name} is not supported", "expected ...ForCausalLM or ...ForSequenceClassification"
         )
     labels = config.get("num_labels", len(config.get("id2label") or ["score"]))
     if labels != 1:
-        config.refuse(f"a {name} with {labels} labels", "expected 1: reward models and critics give one number per token")
+        config.refuse(f"{name} has {labels} labels", "expected 1: a reward model or critic gives one number per token")
     return True
 
 
@@ -175,7 +175,7 @@ def _refuse_unsupported(config: _Config, family: Family) -> None:
 
 
 def _rope_parameters(config: _Config) -> dict[str, Any]:
-    """transformers 5 keeps everything in rope_parameters; transformers 4 has rope_theta, and rope_scaling with type or rope_type."""
+    """transformers 5 has it all in rope_parameters; 4 has rope_theta and rope_scaling (with type or rope_type)."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
         config.refuse(f"rope parameters are {parameters!r}", "expected one set of parameters for all layers")
@@ -186,7 +186,8 @@ def _rope_parameters(config: _Config) -> dict[str, Any]:
 
 
 def _rope_theta(config: _Config) -> float:
-    return config.positive("rope_theta", _rope_parameters(config).get("rope_theta", config.get("rope_theta", ROPE_THETA)))
+    theta = _rope_parameters(config).get("rope_theta", config.get("rope_theta", ROPE_THETA))
+    return config.positive("rope_theta", theta)
 
 
 def _rope_scaling(config: _Config) -> RopeScaling:
@@ -202,10 +203,9 @@ def _rope_scaling(config: _Config) -> RopeScaling:
     factors = {name: config.positive(f"rope parameter {name}", parameters.get(name)) for name in wanted[kind]}
     if kind != "llama3":
         return RopeScaling(kind, **factors)
-    original = parameters.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-    return RopeScaling(
-        kind, **factors, original_max_position_embeddings=int(config.positive("original_max_position_embeddings", original))
-    )
+    name = "original_max_position_embeddings"
+    original = config.positive(name, parameters.get(name, config.get("max_position_embeddings")))
+    return RopeScaling(kind, **factors, original_max_position_embeddings=int(original))
 
 
 def _rope_scaling_json(scaling: RopeScaling) -> dict[str, Any] | None:

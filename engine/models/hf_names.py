@@ -1,8 +1,8 @@
-"""Which Hugging Face tensors each Megatron parameter is made of, and which rows and columns of them each tensor-parallel rank has.
+"""Which Hugging Face tensors a Megatron parameter is made of, and which parts of them each tensor-parallel rank has.
 
-One description serves every direction. A parameter is a stack of pieces: runs of consecutive rows of its Hugging Face tensors.
-The ranks of a tensor-parallel group hold equal shares of that stack. Loading cuts a rank's share out of the tensors;
-exporting deals the whole stack back to them.
+One description serves both directions. A parameter is a stack of pieces: runs of consecutive rows of its Hugging Face
+tensors. The ranks of a tensor-parallel group hold equal shares of that stack. Loading cuts a rank's share out of the
+tensors; exporting deals the whole stack back to them.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Recipe:
     """How a Megatron parameter is made of the Hugging Face tensors `sources`.
 
     pieces: the stack along dimension 0 that all tensor-parallel ranks hold together.
@@ -85,7 +85,7 @@ def weight_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_names(shape: ModelShape) -> list[str]:
-    """Names of the Megatron parameters that hold the tensors of `weight_sizes`, layers numbered over all pipeline stages."""
+    """The Megatron parameters that hold the tensors of `weight_sizes`, layers numbered over all pipeline stages."""
     layer = [
         "input_layernorm.weight",
         "self_attention.linear_qkv.weight",
@@ -104,29 +104,29 @@ def parameter_names(shape: ModelShape) -> list[str]:
     return names
 
 
-def mapping_of(parameter: str, shape: ModelShape, tp: int) -> Mapping:
-    """The mapping of a Megatron parameter whose layer number, if any, counts over all pipeline stages.
+def recipe_of(parameter: str, shape: ModelShape, tp: int) -> Recipe:
+    """The recipe of a Megatron parameter whose layer number, if any, counts over all pipeline stages.
 
-    A "scalar_head.weight" beside a vocabulary head maps as the head of a scalar model does.
+    A "scalar_head.weight" beside a vocabulary head is made as the head of a scalar model is.
     """
     if parameter.startswith("decoder.layers."):
         number, name = parameter.removeprefix("decoder.layers.").split(".", 1)
-        return _layer_mapping(name, f"model.layers.{number}.", shape, tp)
+        return _layer_recipe(name, f"model.layers.{number}.", shape, tp)
     vocabulary = (Piece(0, shape.vocab_size), Piece(PADDING, shape.padded_vocab_size(tp) - shape.vocab_size))
     match parameter:
         case "embedding.word_embeddings.weight":
-            return Mapping((EMBEDDING,), vocabulary, "rows")
+            return Recipe((EMBEDDING,), vocabulary, "rows")
         case "decoder.final_layernorm.weight":
             return _whole("model.norm.weight", shape.hidden_size)
         case "output_layer.weight" if not shape.scalar:
             # With tied embeddings this is the last pipeline stage's copy of the embedding.
-            return Mapping((EMBEDDING if shape.tie_embeddings else VOCABULARY_HEAD,), vocabulary, "rows")
+            return Recipe((EMBEDDING if shape.tie_embeddings else VOCABULARY_HEAD,), vocabulary, "rows")
         case "output_layer.weight" | "scalar_head.weight":
             return _whole(SCALAR_HEAD, 1)
     raise KeyError(f"no Hugging Face tensors are known for the parameter {parameter}")
 
 
-def _layer_mapping(name: str, prefix: str, shape: ModelShape, tp: int) -> Mapping:
+def _layer_recipe(name: str, prefix: str, shape: ModelShape, tp: int) -> Recipe:
     heads_per_group = shape.num_heads // shape.num_query_groups
     match name:
         case "input_layernorm.weight":
@@ -140,31 +140,31 @@ def _layer_mapping(name: str, prefix: str, shape: ModelShape, tp: int) -> Mappin
             # Megatron keeps a group's query heads, key head and value head together.
             group = (Piece(0, heads_per_group * shape.head_dim), Piece(1, shape.head_dim), Piece(2, shape.head_dim))
             sources = tuple(f"{prefix}self_attn.{x}_proj.{kind}" for x in "qkv")
-            return Mapping(sources, group * shape.num_query_groups, "rows")
+            return Recipe(sources, group * shape.num_query_groups, "rows")
         case "self_attention.linear_proj.weight":
-            return Mapping((prefix + "self_attn.o_proj.weight",), (Piece(0, shape.hidden_size),), "columns")
+            return Recipe((prefix + "self_attn.o_proj.weight",), (Piece(0, shape.hidden_size),), "columns")
         case "mlp.linear_fc1.weight":
             # Every rank has a gate and an up half of its own.
             rank = (Piece(0, shape.ffn_hidden_size // tp), Piece(1, shape.ffn_hidden_size // tp))
-            return Mapping((prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"), rank * tp, "rows")
+            return Recipe((prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"), rank * tp, "rows")
         case "mlp.linear_fc2.weight":
-            return Mapping((prefix + "mlp.down_proj.weight",), (Piece(0, shape.hidden_size),), "columns")
+            return Recipe((prefix + "mlp.down_proj.weight",), (Piece(0, shape.hidden_size),), "columns")
     raise KeyError(f"no Hugging Face tensors are known for the parameter {name} of a layer")
 
 
-def _whole(source: str, rows: int) -> Mapping:
-    return Mapping((source,), (Piece(0, rows),), "none")
+def _whole(source: str, rows: int) -> Recipe:
+    return Recipe((source,), (Piece(0, rows),), "none")
 
 
-def local_rows(mapping: Mapping, tp: int, tp_rank: int) -> list[RowRange]:
-    """The rows that one tensor-parallel rank stacks to make its share of the parameter (all rows unless they are split)."""
-    total = sum(piece.rows for piece in mapping.pieces)
+def local_rows(recipe: Recipe, tp: int, tp_rank: int) -> list[RowRange]:
+    """The rows that a tensor-parallel rank stacks to make its share of the parameter (all, unless rows are split)."""
+    total = sum(piece.rows for piece in recipe.pieces)
     first, last = 0, total
-    if mapping.split == "rows":
+    if recipe.split == "rows":
         first, last = tp_rank * total // tp, (tp_rank + 1) * total // tp
     ranges, offset = [], 0
-    taken = dict.fromkeys(range(PADDING, len(mapping.sources)), 0)
-    for piece in mapping.pieces:
+    taken = dict.fromkeys(range(PADDING, len(recipe.sources)), 0)
+    for piece in recipe.pieces:
         start, stop = max(first - offset, 0), min(last - offset, piece.rows)
         if start < stop:
             ranges.append(RowRange(piece.source, taken[piece.source] + start, taken[piece.source] + stop))
@@ -173,21 +173,21 @@ def local_rows(mapping: Mapping, tp: int, tp_rank: int) -> list[RowRange]:
     return ranges
 
 
-def local_columns(mapping: Mapping, num_columns: int, tp: int, tp_rank: int) -> slice:
+def local_columns(recipe: Recipe, num_columns: int, tp: int, tp_rank: int) -> slice:
     """The columns of every row that one tensor-parallel rank has."""
-    if mapping.split != "columns":
+    if recipe.split != "columns":
         return slice(None)
     return slice(tp_rank * num_columns // tp, (tp_rank + 1) * num_columns // tp)
 
 
-def merge_shares(mapping: Mapping, shares: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a parameter from the shares of all tensor-parallel ranks (one share where it is not split).
+def merge_shares(recipe: Recipe, shares: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The Hugging Face tensors of a parameter from the shares of all tensor-parallel ranks (one share if not split).
 
     The results are contiguous copies. Vocabulary padding is dropped.
     """
-    stack = torch.cat(list(shares), dim=1 if mapping.split == "columns" else 0)
-    rows: list[list[Tensor]] = [[] for _ in mapping.sources]
-    for piece, part in zip(mapping.pieces, stack.split([piece.rows for piece in mapping.pieces]), strict=True):
+    stack = torch.cat(list(shares), dim=1 if recipe.split == "columns" else 0)
+    rows: list[list[Tensor]] = [[] for _ in recipe.sources]
+    for piece, part in zip(recipe.pieces, stack.split([piece.rows for piece in recipe.pieces]), strict=True):
         if piece.source != PADDING:
             rows[piece.source].append(part)
-    return {name: torch.cat(parts) for name, parts in zip(mapping.sources, rows, strict=True)}
+    return {name: torch.cat(parts) for name, parts in zip(recipe.sources, rows, strict=True)}

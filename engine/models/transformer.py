@@ -76,6 +76,7 @@ class PackedModel(GPTModel):
         )
         _mark_tensor_parallel(self)
         self.shape = shape
+        self.has_scalar_head = shape.scalar or extra_scalar_head  # of the whole model, whatever this stage holds
         self.backend = choose_backend(attention, config.params_dtype)
         if shape.scalar and groups.is_last_stage:
             # Frees the vocabulary head that GPTModel made.

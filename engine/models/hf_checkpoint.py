@@ -1,0 +1,220 @@
+"""Hugging Face folders to and from models that are split over ranks: `load_weights` and `save_hf`.
+
+No rank ever holds a whole model. Loading reads the rows and columns that a rank owns; exporting gathers one parameter
+at a time and writes one file at a time. `hf_config.py` has config.json, `hf_names.py` the names and layouts,
+`hf_reader.py` the sources of weights, `hf_writer.py` the folder that is written.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppomax.engine.data.tokenizer import Tokenizer
+from ppomax.engine.errors import CheckpointError
+from ppomax.engine.models.hf_names import (
+    PADDING,
+    RELEASED_SCALAR_HEAD,
+    SCALAR_HEAD,
+    VOCABULARY_HEAD,
+    Recipe,
+    local_columns,
+    local_rows,
+    merge_shares,
+    parameter_names,
+    recipe_of,
+    weight_sizes,
+)
+from ppomax.engine.models.hf_reader import WeightReader, fresh_scalar_head, some
+from ppomax.engine.models.hf_writer import MAX_FILE_BYTES, FolderWriter
+from ppomax.engine.models.shape import ModelShape
+from ppomax.engine.models.transformer import PackedModel
+from ppomax.engine.parallel.collectives import raise_on_all
+from ppomax.engine.parallel.groups import RoleGroups
+
+
+@torch.no_grad()
+def load_weights(
+    model: PackedModel,
+    reader: WeightReader,
+    source: str,
+    *,
+    head: Literal["load", "fresh"] = "load",
+    seed: int = 0,
+) -> None:
+    """Fills this rank's stage of a model; no collective.
+
+    source: the folder or setting that the weights come from, for messages.
+    head: "load" takes the scalar head, if the model has one, from the reader; "fresh" draws it from the seed, so that a
+    causal LM can be the trunk of a reward model or critic. A vocabulary head is always loaded.
+    Raises CheckpointError if the reader has other tensors, or tensors of other sizes, than the whole model needs: every
+    rank finds the same fault.
+    """
+    names = _check(model, reader, source, head)
+    tp, tp_rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
+    for name, parameter in model.named_parameters():
+        recipe = recipe_of(_global_name(model, name), model.shape, tp)
+        if recipe.sources == (SCALAR_HEAD,) and head == "fresh":
+            parameter.copy_(fresh_scalar_head(model.shape.hidden_size, seed=seed))
+        else:
+            sources = [names[source] for source in recipe.sources]
+            fill_share(parameter, recipe, reader, sources, tp=tp, tp_rank=tp_rank)
+
+
+def _check(model: PackedModel, reader: WeightReader, source: str, head: str) -> dict[str, str]:
+    """Compares the reader with what the model needs; returns the reader's name of each needed tensor."""
+    wanted = weight_sizes(model.shape)
+    wanted.pop(SCALAR_HEAD, None)
+    if model.has_scalar_head and head == "load":
+        wanted[SCALAR_HEAD] = (1, model.shape.hidden_size)
+    names = {name: name for name in wanted}
+    if SCALAR_HEAD not in reader.sizes and RELEASED_SCALAR_HEAD in reader.sizes and SCALAR_HEAD in names:
+        names[SCALAR_HEAD] = RELEASED_SCALAR_HEAD
+    missing = [name for name in names.values() if name not in reader.sizes]
+    if missing == [SCALAR_HEAD]:
+        raise CheckpointError(
+            f"{source} is not a reward model or critic: it has no scalar head ({SCALAR_HEAD}, {RELEASED_SCALAR_HEAD}); "
+            "give a folder that `ppomax reward` or `ppomax critic` wrote"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of the {len(names)} weights of a {model.shape.family} model with "
+            f"{model.shape.num_layers} layers: {some(missing)}; copy the folder again, or correct its config.json"
+        )
+    for name, found in names.items():
+        if tuple(reader.sizes[found]) != wanted[name]:
+            raise CheckpointError(
+                f"{reader.origin(found)}: {found} has shape {list(reader.sizes[found])}, not {list(wanted[name])}; "
+                f"the weights and the config.json of {source} belong to different models"
+            )
+    extra = [name for name in reader.sizes if name not in names.values() and not _is_ignorable(name)]
+    if extra:
+        raise CheckpointError(
+            f"{source} has {len(extra)} weights that a {model.shape.family} model has no place for: {some(extra)}; "
+            "they would be lost: choose a plain model (merge adapters first)"
+        )
+    return names
+
+
+def _is_ignorable(name: str) -> bool:
+    """Heads that this model does not use, and the rotary buffers that old releases of transformers stored."""
+    return name in (VOCABULARY_HEAD, SCALAR_HEAD, RELEASED_SCALAR_HEAD) or name.endswith("rotary_emb.inv_freq")
+
+
+def _global_name(model: PackedModel, name: str) -> str:
+    """A parameter's name with its layer counted over all pipeline stages."""
+    if not name.startswith("decoder.layers."):
+        return name
+    number, rest = name.removeprefix("decoder.layers.").split(".", 1)
+    return f"decoder.layers.{model.decoder.layers[int(number)].layer_number - 1}.{rest}"
+
+
+def fill_share(
+    parameter: Tensor, recipe: Recipe, reader: WeightReader, sources: list[str], *, tp: int, tp_rank: int
+) -> None:
+    """Writes one tensor-parallel rank's share of a parameter. sources: the reader's names of the recipe's sources."""
+    ranges = local_rows(recipe, tp, tp_rank)
+    parts: dict[int, Tensor] = {}
+    first_row: dict[int, int] = {}
+    # Of each source a rank has consecutive rows, though pieces of others may lie between them: one read is enough.
+    for number in {part.source for part in ranges} - {PADDING}:
+        mine = [part for part in ranges if part.source == number]
+        columns = local_columns(recipe, reader.sizes[sources[number]][-1], tp, tp_rank)
+        first_row[number] = mine[0].start
+        parts[number] = reader.read(sources[number], slice(mine[0].start, mine[-1].stop), columns)
+    row = 0
+    for part in ranges:
+        num_rows = part.stop - part.start
+        target = parameter[row : row + num_rows]
+        if part.source == PADDING:
+            target.zero_()
+        else:
+            target.copy_(parts[part.source].narrow(0, part.start - first_row[part.source], num_rows))
+        row += num_rows
+
+
+def save_hf(
+    model: PackedModel,
+    shape: ModelShape,
+    groups: RoleGroups,
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    tokenizer: Tokenizer | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes a folder that transformers loads; every rank of the role must call it.
+
+    shape: model.shape; or, of a model with both heads, model.shape with scalar=True: the scalar head is written, the
+    vocabulary head is not. dtype: of the written tensors.
+    The folder appears complete or not at all. One that exists is replaced only if an earlier export wrote it.
+    Raises CheckpointError on every rank if rank 0 cannot write.
+    """
+    fault = f"could not write {folder}; check the free space and the permissions of its parent folder"
+    writer = None
+    if dist.get_rank() == 0:
+        writer = FolderWriter(folder, shape, dtype, max_file_bytes)
+    try:
+        with raise_on_all(CheckpointError, fault):
+            if writer:
+                writer.begin()
+        for name, tensor in _stream(model, shape, groups, dtype):
+            if writer:
+                writer.add(name, tensor)
+        with raise_on_all(CheckpointError, fault):
+            if writer:
+                writer.finish(tokenizer)
+    finally:
+        if writer:
+            writer.discard()
+
+
+def _stream(
+    model: PackedModel, shape: ModelShape, groups: RoleGroups, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Gives rank 0 the Hugging Face tensors of the model, one parameter at a time.
+
+    Every rank of the first replica must iterate to the end; ranks other than 0 get nothing.
+    """
+    if groups.dp_rank != 0:
+        return
+    parameters = {_global_name(model, name): parameter.detach() for name, parameter in model.named_parameters()}
+    device = next(iter(parameters.values())).device
+    sizes = weight_sizes(shape)
+    for name in parameter_names(shape):
+        recipe, stage = recipe_of(name, shape, groups.layout.tp), _stage_of(name, shape, groups.layout.pp)
+        tensors: dict[str, Tensor] = {}
+        if groups.pp_rank == stage:
+            if name == "output_layer.weight" and shape.scalar and not model.shape.scalar:
+                name = "scalar_head.weight"
+            shares = _gather_shares(parameters[name].to(dtype), recipe, groups)
+            if groups.tp_rank == 0:
+                tensors = merge_shares(recipe, shares)
+        if groups.tp_rank == 0 and stage != 0:
+            for source in recipe.sources:
+                if groups.pp_rank == stage:
+                    dist.send(tensors[source], group=groups.megatron.pp, group_dst=0)
+                elif groups.pp_rank == 0:
+                    tensors[source] = torch.empty(sizes[source], dtype=dtype, device=device)
+                    dist.recv(tensors[source], group=groups.megatron.pp, group_src=stage)
+        if groups.pp_rank == 0:
+            yield from tensors.items()
+
+
+def _stage_of(name: str, shape: ModelShape, pp: int) -> int:
+    """The pipeline stage that holds a parameter (the first one of tied embeddings)."""
+    if name.startswith("decoder.layers."):
+        return int(name.split(".")[2]) * pp // shape.num_layers
+    return 0 if name.startswith("embedding.") else pp - 1
+
+
+def _gather_shares(share: Tensor, recipe: Recipe, groups: RoleGroups) -> list[Tensor]:
+    """All shares of a parameter on tensor-parallel rank 0 of its stage; every rank of the tp group must call it."""
+    if recipe.split == "none" or groups.layout.tp == 1:
+        return [share]
+    share = share.contiguous()
+    shares = [torch.empty_like(share) for _ in range(groups.layout.tp)] if groups.tp_rank == 0 else None
+    dist.gather(share, shares, group=groups.megatron.tp, group_dst=0)
+    return shares or []
