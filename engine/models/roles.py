@@ -1,6 +1,6 @@
 """The four roles of RLHF: built, loaded, frozen or trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -8,7 +8,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from ppomax.engine.config import ROLES, OptimConfig, RunConfig
-from ppomax.engine.models.hf_checkpoint import RandomReader, SafetensorsReader, WeightReader, load_weights, read_shape
+from ppomax.engine.models.hf_checkpoint import load_weights
+from ppomax.engine.models.hf_config import read_shape
+from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import PackedModel, build_model
 from ppomax.engine.optim import make_optimizer
@@ -78,8 +80,6 @@ def load_role(
 
 def as_scalar(shape: ModelShape) -> ModelShape:
     """The same body with a scalar head."""
-    from dataclasses import replace
-
     return replace(shape, scalar=True, tie_embeddings=False)
 
 
@@ -113,7 +113,7 @@ def make_role(
 
 def random_reader(shape: ModelShape, config: RunConfig) -> WeightReader:
     """Random weights that depend on the seed and the names alone, not on the layout."""
-    return RandomReader(shape, config.train.seed, config.model.init.init_std)
+    return RandomReader(shape, seed=config.train.seed, std=config.model.init.init_std)
 
 
 def _trainable(

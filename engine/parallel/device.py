@@ -21,6 +21,7 @@ def start(timeout_seconds: int) -> torch.device:
     """
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     # Notes of megatron-core on parts that we replace on purpose (MLP class, expert groups).
     logging.getLogger("megatron").setLevel(logging.ERROR)
