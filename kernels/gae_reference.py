@@ -54,7 +54,7 @@ def _discounted_sums(x: Tensor, c: float) -> Tensor:
     first = local[:, :, 0] @ _powers_below_diagonal(num_blocks, c**BLOCK, x)
     carried = torch.nn.functional.pad(first[:, 1:], (0, 1))  # [B, num_blocks]
     distance = torch.arange(BLOCK, 0, -1, dtype=x.dtype, device=x.device)  # columns from each entry to the next block
-    return (local + carried[:, :, None] * c**distance).view(B, -1)[:, :T]
+    return (local + carried[:, :, None] * c**distance).flatten(1)[:, :T]
 
 
 def _powers_below_diagonal(size: int, c: float, like: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ def gradients(
     full_weight = wide(weight)
     grad_hidden = torch.zeros_like(wide(hidden)) if hidden_needed else None
     grad_weight = torch.zeros_like(full_weight) if weight_needed else None
+    # Rows of the head that are padding may hold anything, and 0 * NaN would reach d hidden.
+    real = None if vocab_size is None else max(vocab_size - first, 0)
     for rows in _chunks(hidden.shape[0], chunk_rows):
         inputs = _rows(hidden, labels, rows)
         grad_logits = logprobs_reference.logits_gradient(
@@ -78,7 +80,7 @@ def gradients(
             vocab_size=vocab_size,
         )
         if grad_hidden is not None:
-            torch.mm(grad_logits, full_weight, out=grad_hidden[rows])
+            torch.mm(grad_logits[:, :real], full_weight[:real], out=grad_hidden[rows])
         if grad_weight is not None:
             grad_weight.addmm_(grad_logits.T, inputs)
     return grad_hidden, grad_weight

@@ -37,7 +37,7 @@ def token_uniforms(seeds: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
     """A uniform number for every request and token id, in fp64 and never 0 or 1.
 
     seeds, positions [R] int64: any values; a pair must not be used twice for draws that should be independent.
-    Returns [R, num_tokens] float64, (word + 1/2) / 2^32. The counter is (id // 4, position, 0), the key the seed,
+    Returns [R, num_tokens] float64. The counter is (id // 4, position, 0), the key the seed,
     and id % 4 picks
     the word: one block serves four neighbouring ids.
     """
@@ -46,4 +46,9 @@ def token_uniforms(seeds: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
     seeds, positions = seeds[:, None], positions[:, None]
     counter = (block, positions & WORD, (positions >> 32) & WORD, torch.zeros_like(positions))
     words = torch.stack(philox_4x32_10(counter, (seeds & WORD, (seeds >> 32) & WORD)), dim=-1)
-    return ((words.flatten(1)[:, :num_tokens]).double() + 0.5) * 2.0**-32
+    return unit_interval(words.flatten(1)[:, :num_tokens])
+
+
+def unit_interval(words: Tensor) -> Tensor:
+    """Words of 32 bits as uniform numbers (word + 1/2) / 2^32 in fp64, which are exact and never 0 or 1."""
+    return (words.double() + 0.5) * 2.0**-32

@@ -1,0 +1,207 @@
+"""Log-probabilities, policy loss and full KL from hidden states, against the same with stored logits in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.distributions import Categorical, kl_divergence
+
+from ppomax.kernels import linear_logprobs as module
+from ppomax.kernels.linear_logprobs import linear_full_kl, linear_logprobs, linear_policy_loss, rows_per_chunk
+from ppomax.kernels.policy_loss import policy_loss
+
+NAN = math.nan
+
+
+def random_case(N: int, H: int, V: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [N, H] and weight [V, H] float64, labels [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+def expected(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    distribution = Categorical(logits=hidden.double() @ weight.double().T / temperature)
+    return distribution.log_prob(labels), distribution.entropy()
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100, None])
+def test_values_and_gradients_equal_stored_logits(chunk_rows: int | None) -> None:
+    hidden, weight, labels = random_case(7, 8, 37)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    twins = [x.clone().requires_grad_() for x in (hidden, weight)]
+    got = linear_logprobs(*leaves, labels, temperature=0.7, chunk_rows=chunk_rows)
+    wanted = expected(*twins, labels, temperature=0.7)
+    torch.testing.assert_close(got, wanted)
+    factors = torch.randn(2, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for outputs in (got, wanted):
+        (torch.stack(outputs) * factors).sum().backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(leaf.grad, twin.grad)
+
+
+def test_gradcheck_passes_with_masked_rows_and_padding_columns() -> None:
+    hidden, weight, labels = random_case(5, 3, 8)
+    labels %= 6
+    labels[1] = -1
+    inputs = (hidden.requires_grad_(), weight.requires_grad_())
+    assert gradcheck(lambda h, w: linear_logprobs(h, w, labels, vocab_size=6, chunk_rows=2), inputs)
+
+
+def test_logits_of_bf16_inputs_are_not_rounded() -> None:
+    hidden, weight, labels = random_case(16, 256, 100)
+    hidden, weight = (hidden / 4).bfloat16(), (weight / 4).bfloat16()
+    got = linear_logprobs(hidden, weight, labels)
+    wanted = expected(hidden, weight, labels)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_gradients_of_bf16_inputs_are_rounded_once() -> None:
+    hidden, weight, labels = random_case(64, 16, 40)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    twins = [x.double().requires_grad_() for x in (hidden, weight)]
+    linear_logprobs(*leaves, labels, chunk_rows=5)[0].sum().backward()
+    expected(*twins, labels)[0].sum().backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        assert leaf.grad is not None
+        assert twin.grad is not None
+        assert leaf.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(leaf.grad.double(), twin.grad, rtol=2**-8, atol=1e-5)
+
+
+def test_chunks_do_not_change_hidden_gradients_beyond_rounding() -> None:
+    hidden, weight, labels = (x.float() if x.is_floating_point() else x for x in random_case(12, 8, 37))
+    results = []
+    for chunk_rows in (12, 5):
+        leaf = hidden.clone().requires_grad_()
+        linear_logprobs(leaf, weight, labels, chunk_rows=chunk_rows)[0].sum().backward()
+        assert leaf.grad is not None
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_masked_rows_are_not_read() -> None:
+    hidden, weight, labels = random_case(6, 4, 9)
+    hidden[2], labels[2] = NAN, -1
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    logprobs, entropy = linear_logprobs(*leaves, labels, chunk_rows=4)
+    grad_hidden, grad_weight = torch.autograd.grad((logprobs + entropy).sum(), leaves)
+    assert logprobs[2] == 0
+    assert entropy[2] == 0
+    assert (grad_hidden[2] == 0).all()
+    assert grad_weight.isfinite().all()
+
+
+@pytest.mark.parametrize("garbage", [NAN, math.inf])
+def test_padding_rows_of_the_head_are_not_read(garbage: float) -> None:
+    hidden, weight, labels = random_case(5, 4, 12)
+    labels %= 9
+    twins = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    weight[9:] = garbage
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    for outputs in (linear_logprobs(*leaves, labels, vocab_size=9), expected(twins[0], twins[1][:9], labels)):
+        torch.stack(outputs).sum().backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(leaf.grad, twin.grad)
+
+
+def test_no_rows_give_empty_results_and_no_gradient() -> None:
+    hidden, weight, labels = random_case(0, 4, 9)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    logprobs, _ = linear_logprobs(*leaves, labels)
+    assert logprobs.shape == (0,)
+    grad_hidden, grad_weight = torch.autograd.grad(logprobs.sum(), leaves)
+    assert grad_hidden.shape == (0, 4)
+    assert (grad_weight == 0).all()
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden frozen", "weight frozen"])
+def test_frozen_input_gets_no_gradient(frozen: int) -> None:
+    hidden, weight, labels = random_case(4, 3, 9)
+    leaves, twins = [hidden.clone(), weight.clone()], [hidden.clone(), weight.clone()]
+    leaves[1 - frozen].requires_grad_()
+    twins[1 - frozen].requires_grad_()
+    linear_logprobs(*leaves, labels)[0].sum().backward()
+    expected(*twins, labels)[0].sum().backward()
+    assert leaves[frozen].grad is None
+    torch.testing.assert_close(leaves[1 - frozen].grad, twins[1 - frozen].grad)
+
+
+def test_default_chunks_fit_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 100 * 7 + 3)
+    assert rows_per_chunk(torch.empty(100, 1)) == 7
+    assert rows_per_chunk(torch.empty(10_000, 1)) == 1
+
+
+def test_policy_loss_adds_the_entropy_bonus_of_kept_tokens() -> None:
+    hidden, weight, labels = random_case(6, 4, 9)
+    generator = torch.Generator().manual_seed(2)
+    old, advantages = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([0.2, 0.0, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
+    leaves = [hidden.clone(), weight.clone().requires_grad_()]
+    leaves[0][1] = NAN
+    leaves[0].requires_grad_()
+    labels[4] = -1
+    got = linear_policy_loss(*leaves, labels, old - 2, advantages, weights, clip=0.2, dual_clip=3.0, entropy_coef=0.1)
+
+    kept = torch.tensor([0, 2, 3, 5])
+    twins = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    logprobs, entropy = expected(twins[0][kept], twins[1], labels[kept])
+    plain = policy_loss(logprobs, old[kept] - 2, advantages[kept], weights[kept], clip=0.2, dual_clip=3.0)
+    wanted = plain.loss - 0.1 * (weights[kept] * entropy).sum()
+    torch.testing.assert_close(got.loss, wanted)
+    torch.testing.assert_close(got[1:], plain[1:])
+    for got_grad, wanted_grad in zip(
+        torch.autograd.grad(got.loss, leaves), torch.autograd.grad(wanted, twins), strict=True
+    ):
+        torch.testing.assert_close(got_grad, wanted_grad)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, None])
+def test_full_kl_equals_torch_distributions(chunk_rows: int | None) -> None:
+    hidden, weight, _ = random_case(9, 5, 40)
+    ref_hidden, ref_weight, _ = random_case(9, 6, 40, seed=1)
+    got = linear_full_kl(hidden, weight, ref_hidden, ref_weight, chunk_rows=chunk_rows)
+    wanted = kl_divergence(Categorical(logits=hidden @ weight.T), Categorical(logits=ref_hidden @ ref_weight.T))
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_full_kl_of_close_distributions_does_not_cancel_in_fp32() -> None:
+    hidden, weight, _ = random_case(8, 16, 1000)
+    hidden, weight = hidden.float(), weight.float()
+    ref_hidden = hidden + 1e-4 * torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    got = linear_full_kl(hidden, weight, ref_hidden, weight)
+    wanted = linear_full_kl(hidden.double(), weight.double(), ref_hidden.double(), weight.double())
+    assert (got >= 0).all()
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=0)
+
+
+def test_full_kl_of_a_distribution_with_itself_is_zero() -> None:
+    hidden, weight, _ = random_case(4, 5, 40)
+    assert (linear_full_kl(hidden, weight, hidden, weight) == 0).all()
+
+
+def test_full_kl_does_not_read_masked_rows_or_padding_columns() -> None:
+    hidden, weight, _ = random_case(5, 4, 12)
+    ref_hidden, ref_weight, _ = random_case(5, 4, 12, seed=1)
+    wanted = linear_full_kl(hidden, weight[:10], ref_hidden, ref_weight[:10])
+    mask = torch.tensor([True, False, True, True, False])
+    hidden[1], ref_hidden[4] = NAN, NAN
+    weight[10:], ref_weight[11:] = math.inf, NAN
+    got = linear_full_kl(hidden, weight, ref_hidden, ref_weight, mask, vocab_size=10, chunk_rows=2)
+    torch.testing.assert_close(got[mask], wanted[mask])
+    assert (got[~mask] == 0).all()
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    hidden, weight, labels = random_case(5, 4, 12)
+    with pytest.raises(ValueError, match=r"expected \[N, H\] and \[V/tp, H\]"):
+        linear_logprobs(hidden[:, :3], weight, labels)
+    with pytest.raises(ValueError, match="equal rows"):
+        linear_full_kl(hidden, weight, hidden[:4], weight)

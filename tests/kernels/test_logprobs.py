@@ -1,0 +1,240 @@
+"""Log-probability and entropy from logits, against torch.distributions in fp64 and autograd."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.distributions import Categorical
+
+from ppomax.kernels.logprobs import token_logprobs
+from ppomax.kernels.logprobs_reference import combine_statistics, shard_statistics
+
+NAN, INF = math.nan, math.inf
+
+
+def random_case(N: int, V: int, *, scale: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] float64 and labels [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(N, V, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(V, (N,), generator=generator)
+
+
+def expected(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The same in fp64 by torch.distributions, differentiable."""
+    distribution = Categorical(logits=logits.double() / temperature)
+    return distribution.log_prob(labels), distribution.entropy()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 1.3])
+@pytest.mark.parametrize(("N", "V"), [(1, 2), (3, 37), (7, 1000), (16, 4097)])
+def test_values_equal_fp64(N: int, V: int, temperature: float) -> None:
+    logits, labels = random_case(N, V)
+    logits = logits.float()
+    for got, wanted in zip(
+        token_logprobs(logits, labels, temperature=temperature), expected(logits, labels, temperature), strict=True
+    ):
+        assert got.dtype == torch.float32
+        scale = max(1.0, logits.abs().max().item() / temperature / 10)
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_gradients_equal_fp64_autograd(dtype: torch.dtype, tolerance: float, temperature: float) -> None:
+    logits, labels = random_case(7, 37)
+    logits = logits.to(dtype)
+    factors = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
+
+    def gradient(x: Tensor, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.autograd.grad((outputs[0] * factors[0] + outputs[1] * factors[1]).sum(), x)[0]
+
+    x, y = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    got = gradient(x, token_logprobs(x, labels, temperature=temperature))
+    wanted = gradient(y, expected(y, labels, temperature))
+    assert got.dtype == dtype
+    assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+def test_gradcheck_passes_with_masked_rows() -> None:
+    logits, labels = random_case(4, 9)
+    labels[2] = -1
+    assert gradcheck(lambda x: token_logprobs(x, labels, temperature=0.7), (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["logprobs", "entropy"])
+def test_gradient_of_one_output_alone_is_right(output: int) -> None:
+    logits, labels = random_case(3, 11)
+    x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    token_logprobs(x, labels)[output].sum().backward()
+    expected(y, labels)[output].sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_gradient_does_not_change_the_total_of_a_row() -> None:
+    logits, labels = random_case(5, 23)
+    logits.requires_grad_()
+    logprobs, entropy = token_logprobs(logits, labels)
+    (grad,) = torch.autograd.grad((logprobs + 0.3 * entropy).sum(), logits)
+    assert grad.sum(dim=1).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+def test_masked_row_is_not_read(garbage: float) -> None:
+    logits, labels = random_case(4, 9)
+    logits[1] = garbage
+    labels[1] = -100
+    logits.requires_grad_()
+    logprobs, entropy = token_logprobs(logits, labels)
+    (grad,) = torch.autograd.grad((logprobs + entropy).sum(), logits)
+    assert logprobs[1] == 0
+    assert entropy[1] == 0
+    assert (grad[1] == 0).all()
+    others = torch.tensor([0, 2, 3])
+    torch.testing.assert_close(logprobs[others], expected(logits[others], labels[others])[0])
+
+
+def test_nan_upstream_of_a_masked_row_does_not_reach_the_gradient() -> None:
+    logits, labels = random_case(3, 5)
+    labels[0] = -1
+    logits.requires_grad_()
+    logprobs, _ = token_logprobs(logits, labels)
+    (grad,) = torch.autograd.grad(logprobs, logits, torch.tensor([NAN, 1.0, 1.0], dtype=torch.float64))
+    assert (grad[0] == 0).all()
+    assert grad.isfinite().all()
+
+
+def test_all_rows_masked_gives_zeros() -> None:
+    logits = torch.full((3, 5), NAN, requires_grad=True)
+    logprobs, entropy = token_logprobs(logits, torch.full((3,), -1))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert (logprobs == 0).all()
+    assert (entropy == 0).all()
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+def test_no_rows_give_empty_results() -> None:
+    logits = torch.zeros(0, 5, requires_grad=True)
+    logprobs, entropy = token_logprobs(logits, torch.zeros(0, dtype=torch.int64))
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == (0, 5)
+
+
+def test_padding_columns_have_no_probability_and_no_gradient() -> None:
+    logits, labels = random_case(6, 13)
+    x, y = logits.clone(), logits.clone().requires_grad_()
+    x[:, 10:] = torch.tensor([NAN, INF, 1e30], dtype=torch.float64)
+    x.requires_grad_()
+    labels = labels % 10
+    got, wanted = token_logprobs(x, labels, vocab_size=10), expected(y[:, :10], labels)
+    torch.testing.assert_close(got, wanted)
+    (got[0] + got[1]).sum().backward()
+    (wanted[0] + wanted[1]).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("offset", [-1e4, -500.0, -118.0, 88.0, 1e4])
+def test_large_offsets_do_not_matter(offset: float) -> None:
+    logits, labels = random_case(5, 37)
+    shifted = (logits + offset).float()
+    got = token_logprobs(shifted, labels)
+    wanted = expected(shifted, labels)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=3e-6)
+
+
+def test_minus_infinity_logits_are_impossible_tokens() -> None:
+    logits, labels = random_case(4, 9)
+    labels[:] = 3
+    logits[:, [0, 8]] = -INF
+    x = logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs(x, labels)
+    kept = logits[:, 1:8].clone().requires_grad_()
+    wanted = expected(kept, labels - 1)
+    torch.testing.assert_close((logprobs, entropy), wanted)
+    (grad,) = torch.autograd.grad((logprobs + entropy).sum(), x)
+    (wanted_grad,) = torch.autograd.grad((wanted[0] + wanted[1]).sum(), kept)
+    torch.testing.assert_close(grad[:, 1:8], wanted_grad)
+    assert (grad[:, [0, 8]] == 0).all()
+
+
+def test_impossible_label_has_a_huge_finite_negative_logprob() -> None:
+    logprobs, _ = token_logprobs(torch.tensor([[0.0, -INF, 1.0]]), torch.tensor([1]))
+    assert -2e30 < logprobs.item() < -1e29
+
+
+def test_one_hot_row_is_certain() -> None:
+    logits = torch.zeros(1, 50)
+    logits[0, 7] = 1e4
+    logprobs, entropy = token_logprobs(logits, torch.tensor([7]))
+    assert logprobs.item() == 0
+    assert entropy.item() == 0
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF])
+def test_bad_logit_of_a_kept_row_shows(garbage: float) -> None:
+    logprobs, _ = token_logprobs(torch.tensor([[0.0, garbage, 1.0]]), torch.tensor([0]))
+    assert logprobs.isnan().all()
+
+
+def test_strided_logits_are_read_correctly() -> None:
+    logits, labels = random_case(9, 12)
+    strided = torch.stack((logits, -logits), dim=2)[::2, :, 0]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(token_logprobs(strided, labels[::2]), expected(logits[::2], labels[::2]))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
+def test_shards_of_the_vocabulary_fold_to_the_whole(num_shards: int) -> None:
+    logits, labels = random_case(6, 24, scale=20.0)
+    labels[0], labels[1] = 0, 23
+    columns = 24 // num_shards
+    shards = torch.stack(
+        [
+            shard_statistics(shard, labels, temperature=1.0, first=rank * columns, vocab_size=None)
+            for rank, shard in enumerate(logits.split(columns, dim=1))
+        ]
+    )
+    logprobs, entropy, _, _ = combine_statistics(shards, labels)
+    torch.testing.assert_close((logprobs, entropy), expected(logits, labels))
+
+
+@settings(max_examples=20, deadline=None)
+@given(V=st.integers(2, 40), seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1.0, 30.0]))
+def test_probabilities_of_all_labels_sum_to_one_and_entropy_is_bounded(V: int, seed: int, scale: float) -> None:
+    logits, _ = random_case(1, V, scale=scale, seed=seed)
+    logprobs, entropy = token_logprobs(logits.expand(V, V), torch.arange(V))
+    assert abs(logprobs.exp().sum().item() - 1) < 1e-12
+    assert -1e-12 <= entropy[0].item() <= math.log(V) + 1e-12
+    torch.testing.assert_close(-(logprobs.exp() * logprobs).sum(), entropy[0])
+    if scale == 0:
+        assert entropy[0].item() == pytest.approx(math.log(V))
+
+
+@settings(max_examples=20, deadline=None)
+@given(shift=st.floats(-1e3, 1e3), seed=st.integers(0, 1000))
+def test_adding_a_constant_to_a_row_changes_nothing(shift: float, seed: int) -> None:
+    logits, labels = random_case(3, 17, seed=seed)
+    torch.testing.assert_close(
+        token_logprobs(logits + shift, labels), token_logprobs(logits, labels), rtol=0, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "temperature", "match"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), 1.0, r"\[N, columns\]"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), 1.0, "int64"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 0.0, "must be positive"),
+    ],
+    ids=["shapes", "label dtype", "temperature"],
+)
+def test_wrong_arguments_are_named(logits: Tensor, labels: Tensor, temperature: float, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        token_logprobs(logits, labels, temperature=temperature)

@@ -1,0 +1,208 @@
+"""PPO's policy losses against the formula written with torch operations in fp64 and differentiated by autograd."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from ppomax.kernels.policy_loss import Clip, policy_loss
+
+NAN = math.nan
+
+
+def random_case(*shape: int, spread: float = 0.4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, old_logprobs, advantages, weights (one in four 0), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    logprobs = old + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weights = torch.rand(shape, generator=generator, dtype=torch.float64)
+    weights = torch.where(torch.rand(shape, generator=generator) < 0.25, 0.0, weights)
+    return logprobs, old, advantages, weights
+
+
+def expected(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, **options: Any) -> Tensor:
+    """The weighted loss, by the equations of the paper and of dual clip; autograd gives its gradient."""
+    clip, dual_clip = options["clip"], options.get("dual_clip")
+    bound = options.get("advantage_clip") or math.inf
+    advantages = advantages.clamp(-bound, bound)
+    ratio = (logprobs - old).clamp(-20, 20).exp()
+    if options.get("objective") == "penalty":
+        loss = -ratio * advantages + options["penalty_beta"] * (ratio - 1 - ratio.log())
+    else:
+        low, high = clip if isinstance(clip, tuple) else (clip, clip)
+        clipped = ratio if clip is None else ratio.clamp(1 - low, 1 + high)
+        surrogate = torch.min(ratio * advantages, clipped * advantages)
+        if dual_clip is not None:
+            surrogate = torch.where(advantages < 0, torch.max(surrogate, dual_clip * advantages), surrogate)
+        loss = -surrogate
+    importance = options.get("importance_weights")
+    return (weights * loss * (1 if importance is None else importance)).sum()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "symmetric": {"clip": 0.2},
+    "asymmetric": {"clip": (0.1, 0.3)},
+    "unclipped": {"clip": None},
+    "dual": {"clip": 0.2, "dual_clip": 1.5},
+    "bounded advantages": {"clip": 0.2, "advantage_clip": 0.5},
+    "importance": {"clip": 0.2, "importance_weights": torch.linspace(0, 2, 60, dtype=torch.float64).view(5, 12)},
+    "penalty": {"clip": 0.2, "objective": "penalty", "penalty_beta": 0.7},
+}
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.4, 3.0, 30.0])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_loss_and_gradient_equal_autograd(options: dict[str, Any], spread: float) -> None:
+    logprobs, *others = random_case(5, 12, spread=spread)
+    leaf, twin = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
+    got, wanted = policy_loss(leaf, *others, **options).loss, expected(twin, *others, **options)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    (3 * got).backward()
+    (3 * wanted).backward()
+    torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_gradcheck_passes(options: dict[str, Any]) -> None:
+    logprobs, *others = random_case(5, 12)
+    assert gradcheck(lambda x: policy_loss(x, *others, **options).loss, (logprobs.requires_grad_(),))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+def test_narrow_inputs_give_fp32_scalars_and_their_own_gradient_type(dtype: torch.dtype, tolerance: float) -> None:
+    narrow = [x.to(dtype) for x in random_case(200)]
+    leaf, twin = narrow[0].clone().requires_grad_(), narrow[0].double().requires_grad_()
+    got = policy_loss(leaf, *narrow[1:], clip=0.2)
+    wanted = expected(twin, *(x.double() for x in narrow[1:]), clip=0.2)
+    assert {x.dtype for x in got} == {torch.float32}
+    torch.testing.assert_close(got.loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    (leaf_grad,), (twin_grad,) = torch.autograd.grad(got.loss, leaf), torch.autograd.grad(wanted, twin)
+    assert leaf_grad.dtype == dtype
+    assert (leaf_grad.double() - twin_grad).norm() <= tolerance * twin_grad.norm()
+
+
+def test_metrics_equal_their_definitions() -> None:
+    logprobs, old, advantages, weights = random_case(40)
+    got = policy_loss(logprobs.requires_grad_(), old, advantages, weights, clip=0.2, dual_clip=1.5)
+    ratio = (logprobs - old).exp()
+    clipped = torch.where(advantages >= 0, ratio > 1.2, ratio < 0.8)
+    held = (advantages < 0) & (ratio > 1.5)
+    wanted = [(weights * x).sum() for x in (clipped, ratio - 1 - ratio.log(), ratio, held)]
+    torch.testing.assert_close(list(got[1:]), wanted)
+    assert not any(metric.requires_grad for metric in got[1:])
+
+
+def test_clipping_does_not_apply_to_the_penalty() -> None:
+    case = random_case(40)
+    options = {"objective": "penalty", "penalty_beta": 0.5}
+    got = policy_loss(*case, clip=0.01, dual_clip=1.01, **options)
+    torch.testing.assert_close(got, policy_loss(*case, clip=None, **options))
+    assert got.clip_fraction == 0
+    assert got.dual_clip_fraction == 0
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("garbage", [NAN, math.inf, -math.inf])
+def test_tokens_of_weight_zero_are_not_read(garbage: float, options: dict[str, Any]) -> None:
+    logprobs, old, advantages, weights = random_case(5, 12)
+    is_kept = weights != 0
+    dirty = [torch.where(is_kept, x, garbage).requires_grad_(i == 0) for i, x in enumerate((logprobs, old, advantages))]
+    dirty_options = dict(options)
+    if "importance_weights" in options:
+        dirty_options["importance_weights"] = torch.where(is_kept, options["importance_weights"], garbage)
+    got = policy_loss(*dirty, weights, **dirty_options)
+    torch.testing.assert_close(got, policy_loss(logprobs, old, advantages, weights, **options))
+    (grad,) = torch.autograd.grad(got.loss, dirty[0])
+    assert (grad[~is_kept] == 0).all()
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (3,)])
+def test_nothing_to_keep_gives_zero_loss_and_gradient(shape: tuple[int, ...]) -> None:
+    x = torch.full(shape, NAN, requires_grad=True)
+    result = policy_loss(x, x.detach(), x.detach(), torch.zeros(shape), clip=0.2)
+    assert all(scalar == 0 for scalar in result)
+    result.loss.backward()
+    assert x.grad is not None
+    assert (x.grad == 0).all()
+
+
+def test_nan_of_a_kept_token_shows_in_the_loss() -> None:
+    x = torch.tensor([NAN, 0.0])
+    assert policy_loss(x, torch.zeros(2), torch.ones(2), torch.ones(2), clip=0.2).loss.isnan()
+
+
+@pytest.mark.parametrize("gap", [20.5, 1e4, -20.5, -1e4])
+def test_log_ratio_is_held_at_twenty_with_zero_gradient(gap: float) -> None:
+    x = torch.tensor([gap], requires_grad=True)
+    result = policy_loss(x, torch.zeros(1), -torch.ones(1), torch.ones(1), clip=None)
+    assert result.loss.item() == pytest.approx(math.exp(math.copysign(20.0, gap)), rel=1e-6)
+    result.loss.backward()
+    assert x.grad is not None
+    assert x.grad.item() == 0
+
+
+def test_unchanged_policy_has_gradient_minus_weighted_advantage() -> None:
+    logprobs, _, advantages, weights = random_case(30)
+    leaf = logprobs.clone().requires_grad_()
+    result = policy_loss(leaf, logprobs, advantages, weights, clip=0.2)
+    result.loss.backward()
+    torch.testing.assert_close(leaf.grad, -weights * advantages)
+    torch.testing.assert_close(result.mean_ratio, weights.sum())
+    assert result.approx_kl == 0
+    assert result.clip_fraction == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    gap=st.floats(-2, 2),
+    advantage=st.floats(-2, 2).filter(lambda a: abs(a) > 1e-3),
+    clip=st.sampled_from([0.2, (0.1, 0.5)]),
+    dual_clip=st.sampled_from([None, 1.5, 3.0]),
+)
+def test_gradient_vanishes_exactly_where_the_ratio_is_clipped(
+    gap: float, advantage: float, clip: Clip, dual_clip: float | None
+) -> None:
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    x = torch.tensor([gap], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, dtype=torch.float64)
+    result = policy_loss(x, 0 * one, advantage * one, one, clip=clip, dual_clip=dual_clip)
+    (grad,) = torch.autograd.grad(result.loss, x)
+    ratio = math.exp(gap)
+    is_free = ratio <= 1 + high if advantage > 0 else ratio >= 1 - low
+    is_held = advantage < 0 and dual_clip is not None and ratio > dual_clip
+    assert (grad.item() != 0) == (is_free and not is_held)
+    assert result.dual_clip_fraction.item() == is_held
+    if advantage < 0 and dual_clip is not None:
+        assert result.loss.item() <= dual_clip * -advantage + 1e-12
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    case = random_case(40)
+    whole = policy_loss(*case, clip=0.2)
+    parts = [policy_loss(*(x[rows] for x in case), clip=0.2) for rows in (slice(0, 13), slice(13, 40))]
+    for total, *terms in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(total, sum(terms))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"clip": 0.0}, "must be positive"),
+        ({"clip": (0.2, -0.1)}, "must be positive"),
+        ({"clip": 0.2, "advantage_clip": 0.0}, "must be positive"),
+        ({"clip": 0.2, "dual_clip": 1.0}, "must be above 1"),
+        ({"clip": 0.2, "objective": "trpo"}, "objective 'trpo'"),
+        ({"clip": 0.2, "importance_weights": torch.ones(2)}, "must have one shape"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "",
+)
+def test_wrong_arguments_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        policy_loss(*random_case(4), **options)

@@ -1,0 +1,250 @@
+"""The sampler: Philox against its published vectors, the filters against a loop, the draws against chi-square."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ppomax.kernels.philox import WORD, philox_4x32_10, token_uniforms, unit_interval
+from ppomax.kernels.sampling import sample
+from ppomax.kernels.sampling_reference import filtered
+
+
+def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
+    """Ten rounds written with python's unbounded integers, apart from the code under test."""
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(10):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (second >> 32) ^ b ^ k, second % 2**32, (first >> 32) ^ d ^ m, first % 2**32
+        k, m = (k + 0x9E3779B9) % 2**32, (m + 0xBB67AE85) % 2**32
+    return [a, b, c, d]
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    c0, c1, c2, c3, k0, k1 = (torch.tensor(x) for x in (*counter, *key))
+    return [word.item() for word in philox_4x32_10((c0, c1, c2, c3), (k0, k1))]
+
+
+def draw(logits: Tensor, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """sample with neutral settings, request r on seed r, position 0, but for the changes."""
+    R = logits.shape[0]
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seen": None}
+    keys = {"seeds": torch.arange(R), "positions": torch.zeros(R, dtype=torch.int64)}
+    return sample(logits, **{**neutral, **keys, **changes})
+
+
+def chi_square(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
+    """(statistic, degrees of freedom) of the counts of tokens; a token of probability 0 must not occur."""
+    counts = torch.bincount(tokens, minlength=probabilities.numel()).double()
+    assert (counts[probabilities == 0] == 0).all()
+    possible = probabilities > 0
+    wanted = probabilities[possible].double() * tokens.numel()
+    return ((counts[possible] - wanted) ** 2 / wanted).sum().item(), int(possible.sum()) - 1
+
+
+def assert_drawn_from(tokens: Tensor, probabilities: Tensor) -> None:
+    """The chi-square statistic is within five standard deviations of its mean."""
+    statistic, freedom = chi_square(tokens, probabilities)
+    assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([WORD] * 4, [WORD] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_published_words(counter: list[int], key: list[int], words: list[int]) -> None:
+    assert philox(counter, key) == words
+    assert philox_in_python(counter, key) == words
+
+
+@settings(max_examples=30, deadline=None)
+@given(words=st.lists(st.integers(0, WORD), min_size=6, max_size=6))
+def test_philox_equals_unbounded_integers(words: list[int]) -> None:
+    assert philox(words[:4], words[4:]) == philox_in_python(words[:4], words[4:])
+
+
+def test_uniforms_are_never_zero_or_one() -> None:
+    low, high = unit_interval(torch.tensor([0, WORD])).tolist()
+    assert low == 2.0**-33
+    assert high == 1 - 2.0**-33
+
+
+def test_every_token_has_its_word() -> None:
+    seeds, positions = torch.tensor([7, -1, 2**40 + 3]), torch.tensor([0, 5, 2**33 + 1])
+    uniforms = token_uniforms(seeds, positions, 11)
+    for r in range(3):
+        seed, position = seeds[r].item(), positions[r].item()
+        for token in range(11):
+            counter = [token // 4, position % 2**32, (position >> 32) % 2**32, 0]
+            word = philox_in_python(counter, [seed % 2**32, (seed >> 32) % 2**32])[token % 4]
+            assert uniforms[r, token].item() == (word + 0.5) / 2**32
+
+
+def test_uniforms_are_uniform() -> None:
+    uniforms = token_uniforms(torch.arange(100), torch.arange(100) * 3, 1000)
+    assert_drawn_from((uniforms * 64).long().flatten(), torch.full((64,), 1 / 64))
+    assert_drawn_from((uniforms * 2**20 % 1 * 64).long().flatten(), torch.full((64,), 1 / 64))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    tokens, _, _ = draw(logits.expand(20_000, 50), temperature=temperature)
+    assert_drawn_from(tokens, (logits / temperature).softmax(dim=0))
+
+
+def test_draws_of_one_seed_at_successive_positions_are_independent() -> None:
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    N = 20_000
+    tokens, _, _ = draw(probabilities.log().expand(N, 4), seeds=torch.full((N,), 3), positions=torch.arange(N))
+    assert_drawn_from(tokens, probabilities)
+    pairs = tokens[:-1] * 4 + tokens[1:]
+    assert_drawn_from(pairs, torch.outer(probabilities, probabilities).flatten())
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [({"top_k": 3}, [4, 2, 5]), ({"top_p": 0.55}, [4, 2]), ({"top_k": 2, "top_p": 0.6}, [4])],
+    ids=["top-k", "top-p", "top-k then top-p"],
+)
+def test_filtered_draws_follow_the_renormalised_softmax(settings: dict[str, Any], kept: list[int]) -> None:
+    probabilities = torch.tensor([0.02, 0.03, 0.2, 0.1, 0.5, 0.15])
+    tokens, _, _ = draw(probabilities.log().expand(10_000, 6), **settings)
+    wanted = torch.zeros(6).index_copy_(0, torch.tensor(kept), probabilities[kept])
+    if len(kept) == 1:
+        assert (tokens == kept[0]).all()
+    else:
+        assert_drawn_from(tokens, wanted / wanted.sum())
+
+
+def test_draw_depends_on_nothing_but_its_row_seed_and_position() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(12, 30, generator=generator)
+    seeds, positions = torch.randint(2**60, (2, 12), generator=generator)
+    whole = draw(logits, seeds=seeds, positions=positions, top_p=0.9)
+    order = torch.randperm(12, generator=generator)[:5]
+    part = draw(logits[order], seeds=seeds[order], positions=positions[order], top_p=0.9)
+    torch.testing.assert_close(part, tuple(x[order] for x in whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [0, 31, 32, 62])
+def test_every_part_of_seed_and_position_changes_the_noise(bits: int) -> None:
+    base = torch.zeros(1, dtype=torch.int64)
+    plain = token_uniforms(base, base, 8)
+    for changed in (token_uniforms(base + 2**bits, base, 8), token_uniforms(base, base + 2**bits, 8)):
+        assert (changed != plain).all()
+
+
+def test_padding_ids_are_never_drawn() -> None:
+    logits = torch.zeros(200, 8)
+    logits[:, 6:] = torch.tensor([math.inf, math.nan])
+    tokens, logprobs, _ = draw(logits, vocab_size=6)
+    assert set(tokens.tolist()) == set(range(6))
+    torch.testing.assert_close(logprobs, torch.full((200,), -math.log(6)))
+
+
+def test_zero_temperature_takes_the_largest_and_the_lowest_id_of_equals() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [5.0, 3.0, 3.0, 2.0]])
+    tokens, _, margin = draw(logits, temperature=0.0, top_p=0.5, top_k=1)
+    assert tokens.tolist() == [1, 0]
+    assert margin.tolist() == [0.0, 2.0]
+
+
+def test_repetition_penalty_applies_to_seen_tokens_of_either_sign() -> None:
+    logits = torch.tensor([[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]])
+    seen = torch.tensor([[True, False, False], [True, False, False]])
+    tokens, logprobs, margin = draw(logits, temperature=0.0, repetition_penalty=2.0, seen=seen)
+    assert tokens.tolist() == [1, 1]  # 2 / 2 < 1.5 and -1 * 2 < -1.5
+    torch.testing.assert_close(margin, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(logprobs, logits.log_softmax(dim=1)[:, 1])
+
+
+def test_penalty_comes_before_temperature_and_filters() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log() + 5
+    seen = torch.tensor([[True, False, False]]).expand(500, 3)
+    tokens, _, _ = draw(logits.expand(500, 3), repetition_penalty=1.5, seen=seen, top_k=2)
+    assert set(tokens.tolist()) == {1, 2}
+
+
+def test_seen_may_cover_more_than_the_vocabulary() -> None:
+    seen = torch.zeros(1, 9, dtype=torch.bool)
+    assert draw(torch.zeros(1, 6), seen=seen, repetition_penalty=1.1)[0].shape == (1,)
+
+
+def test_logprobs_are_of_the_unmodified_distribution() -> None:
+    logits = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).bfloat16()
+    seen = torch.rand(40, 30, generator=torch.Generator().manual_seed(1)) < 0.5
+    tokens, logprobs, _ = draw(logits, temperature=0.5, top_p=0.8, top_k=5, repetition_penalty=1.3, seen=seen)
+    wanted = logits.double().log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), wanted, rtol=1e-6, atol=2e-6)
+
+
+def test_margin_is_the_lead_of_the_winner() -> None:
+    logits = torch.randn(20, 9, generator=torch.Generator().manual_seed(0))
+    keys = {"seeds": torch.arange(20), "positions": torch.arange(20)}
+    tokens, _, margin = draw(logits, temperature=0.5, **keys)
+    scores = logits.double() / 0.5 - (-token_uniforms(keys["seeds"], keys["positions"], 9).log()).log()
+    best = scores.sort(dim=1, descending=True)
+    assert (tokens == best.indices[:, 0]).all()
+    torch.testing.assert_close(margin.double(), best.values[:, 0] - best.values[:, 1], rtol=1e-5, atol=1e-6)
+
+
+def test_margin_is_infinite_without_a_rival() -> None:
+    assert draw(torch.zeros(3, 5), top_k=1)[2].isinf().all()
+
+
+def test_no_requests_give_empty_results() -> None:
+    tokens, logprobs, margin = draw(torch.zeros(0, 5), top_p=0.9)
+    assert tokens.shape == logprobs.shape == margin.shape == (0,)
+
+
+def kept_ids(scores: list[float], top_k: int, top_p: float) -> set[int]:
+    """Ids kept by top-k, then top-p, token by token in python floats."""
+    order = sorted(range(len(scores)), key=lambda v: (-scores[v], v))[: top_k or None]
+    mass = [math.exp(scores[v]) for v in order]
+    kept, before = set(), 0.0
+    for token, weight in zip(order, mass, strict=True):
+        if kept and before >= top_p * sum(mass) and top_p < 1:
+            break
+        kept.add(token)
+        before += weight
+    return kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scores=st.lists(st.integers(-6, 6).map(lambda n: n / 3), min_size=1, max_size=12),
+    top_k=st.integers(0, 14),
+    top_p=st.sampled_from([1e-6, 0.313, 0.611, 0.917, 1.0]),
+)
+def test_filters_keep_what_a_loop_keeps(scores: list[float], top_k: int, top_p: float) -> None:
+    row = torch.tensor([scores], dtype=torch.float64)
+    out = filtered(row, top_k=top_k, top_p=top_p)[0]
+    kept = kept_ids(scores, top_k, top_p)
+    for token, score in enumerate(scores):
+        assert out[token].item() == (score if token in kept else -math.inf)
+
+
+def test_wrong_arguments_are_named() -> None:
+    logits = torch.zeros(2, 5)
+    for changes in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"repetition_penalty": 0.0}):
+        with pytest.raises(ValueError, match="sample: temperature"):
+            draw(logits, **changes)
+    with pytest.raises(ValueError, match=r"expected \[R, V/tp\], \[R\], \[R\]"):
+        draw(logits, seeds=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="must cover"):
+        draw(logits, seen=torch.zeros(2, 4, dtype=torch.bool), repetition_penalty=1.1)
