@@ -21,6 +21,8 @@ class Rollout:
     response_mask [B, T] bool: True where tokens[:, t + 1] is a response token.
     finished [B] bool: the response ended by EOS.
     sampling_logprobs [B, T] float32: log-probabilities, nats, of the sampler's own unmodified T = 1 distribution; 0 outside the mask.
+    margins [B, T] float32: by how much the drawn token's perturbed score beats the next one; 0 outside the mask. Where it
+        is tiny, another layout may draw another token. None for responses that were not sampled here.
     """
 
     tokens: Tensor
@@ -29,6 +31,7 @@ class Rollout:
     response_mask: Tensor
     finished: Tensor
     sampling_logprobs: Tensor
+    margins: Tensor | None = None
 
 
 @dataclass(frozen=True)
