@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything runs in .venv, which `make venv` makes; pip's own settings choose where packages come from.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+TYPES := build/types
+
+# The first Python that the project accepts. Set PYTHON=... to choose another.
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
+
+.PHONY: help venv quickstart test test-all test-gpu lint format types wheel-check clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(STAMP) ## .venv with the project (editable) and the versions of requirements.txt; instant when nothing changed
+
+$(STAMP): requirements.txt pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make venv PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[dev,datasets]'
+	touch $@
+
+quickstart: venv ## all five stages on the embedded data; results in runs/quickstart
+	$(BIN)/ppomax quickstart
+
+test: venv ## the tests of every change
+	$(BIN)/python -m pytest
+
+test-all: venv ## the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: venv ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: venv types ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=$(TYPES) $(BIN)/mypy -p ppomax
+
+format: venv ## let ruff rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: ## links under which mypy finds the mapped folders as ppomax.*
+	@mkdir -p $(TYPES)/ppomax
+	@for folder in engine kernels tools; do ln -sfn ../../../$$folder $(TYPES)/ppomax/$$folder; done
+
+wheel-check: venv ## build the wheel, import each of its modules from another folder
+	$(BIN)/python -m pytest -m "" tests/test_wheel.py
+
+clean: ## remove what was built; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find engine kernels tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
