@@ -8,6 +8,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
@@ -44,6 +45,8 @@ TOOLS = {
 ERRORS = (ConfigError, DoesNotFitError, DataError, CheckpointError, DivergedError, PeerFailedError)
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+SECONDS_FOR_THE_FIRST_RANK = 5.0
+"""How long a silent rank lets the first one of its node say what is wrong. Under torchrun it is stopped before that."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,12 +204,15 @@ def _versions() -> str:
 def _report(error: PpomaxError) -> None:
     """One message on standard error.
 
-    Before the ranks are joined, all of a node meet the same fault of configuration or data: its first rank speaks.
+    Before the ranks are joined, all of a node meet the same fault of configuration or data: its first rank speaks. The
+    others wait, because torchrun stops every rank as soon as one has failed, and would stop the speaker too.
     """
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
     if _local_rank() == 0 or joined or not isinstance(error, ConfigError | DataError):
         sys.stderr.write(_prefixed(f"ppomax: {type(error).__name__}: {error}\n"))
+    else:
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
 
 
 def _prefixed(text: str) -> str:
