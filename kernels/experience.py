@@ -41,8 +41,8 @@ def experience(
     """Token rewards (paper Eq. 19), their advantages and returns (Eq. 9), and the moments to whiten the advantages by.
 
     scores [B] float; logprobs, ref_logprobs [B, T] float, nats; step_rewards, kl [B, T] float: as in token_rewards.
-    values [B, T] float; bootstrap [B] float: as in gae. response_mask [B, T] bool: True on response tokens; may have
-    gaps.
+    values [B, T] float; bootstrap [B] float: as in gae.
+    response_mask [B, T] bool: True on response tokens; may have gaps.
     Returns TokenExperience, float32 (float64 for float64 logprobs), constants without gradient.
     Raises ValueError as token_rewards and gae do.
     """

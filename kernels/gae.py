@@ -20,9 +20,10 @@ def gae(
     response_mask [B, T] bool: True on the tokens that count; may have gaps.
     gamma, lam: discount and GAE's lambda, both in [0, 1].
     bootstrap [B] float: value after the last kept token (of a truncated response). Unset: 0 (the response has ended).
-    Returns (advantages, returns), each [B, T] float32 (float64 for float64 rewards), constants without gradient, 0
-    outside the mask: delta_t = r_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  returns = A_t + V_t.
-    Raises ValueError on shapes that do not fit and on gamma or lam outside [0, 1]. Source: paper Eq. 9 and Fig. 1.
+    Returns (advantages, returns), each [B, T] float32 (float64 for float64 rewards), constants, 0 outside the mask:
+        delta_t = r_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  returns_t = A_t + V_t.
+    Raises ValueError on shapes that do not fit and on gamma or lam outside [0, 1].
+    Source: paper Eq. 9 and Fig. 1.
     """
     check_gae("gae", values, response_mask, bootstrap, gamma=gamma, lam=lam)
     if rewards.shape != values.shape:

@@ -34,8 +34,8 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """token_logprobs(hidden @ weight.T, labels), without storing the logits.
 
-    hidden [N, H] float: final hidden states, the same on every rank of tp_group. weight [V/tp, H] float: this rank's
-    rows of the head.
+    hidden [N, H] float: final hidden states, the same on every rank of tp_group.
+    weight [V/tp, H] float: this rank's rows of the head.
     labels, temperature, tp_group, vocab_size: as in token_logprobs.
     chunk_rows: tokens whose logits exist at the same time. Unset: as many as fit CHUNK_BYTES.
     Returns (logprobs [N], entropy [N]) in nats, float32 (float64 for float64 inputs). The gradient of hidden is the
@@ -67,9 +67,9 @@ def linear_policy_loss(
 ) -> PolicyLoss:
     """policy_loss of linear_logprobs, minus entropy_coef times the weighted sum of the entropies.
 
-    hidden [N, H], weight [V/tp, H], labels [N]: as in linear_logprobs. old_logprobs, advantages, weights [N]: as in
-    policy_loss; a row with a label < 0 or of weight 0 is not read. Returns PolicyLoss, whose loss is differentiable
-    in hidden and weight.
+    hidden [N, H], weight [V/tp, H], labels [N]: as in linear_logprobs.
+    old_logprobs, advantages, weights [N]: as in policy_loss; a row with a label < 0 or of weight 0 is not read.
+    Returns PolicyLoss, whose loss is differentiable in hidden and weight.
     Every rank of tp_group must call it and its backward.
     """
     is_kept = (labels >= 0) & (weights != 0)
@@ -95,12 +95,11 @@ def linear_full_kl(
 ) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v) of two whole next-token distributions per token; not differentiable.
 
-    hidden [N, H], weight [V/tp, H]: of p. ref_hidden [N, H'], ref_weight [V/tp, H']: of q, with the same shards of
-    the vocabulary.
+    hidden [N, H], weight [V/tp, H] float: of p. ref_hidden [N, H'], ref_weight [V/tp, H'] float: of q, sharded alike.
     rows_mask [N] bool: rows that count; the others are not read and give 0. Unset: all.
     Returns kl [N] in nats, float32 (float64 for float64 inputs), never below 0 by more than rounding.
-    Every rank of tp_group must call it. Source: paper Eq. 19, "the action space of the i-th response token".
-    Raises ValueError on shapes that do not fit.
+    Every rank of tp_group must call it. Raises ValueError on shapes that do not fit.
+    Source: paper Eq. 19, whose KL is over "the action space of the i-th response token".
     """
     _check_head("linear_full_kl", hidden, weight)
     _check_head("linear_full_kl", ref_hidden, ref_weight)

@@ -1,8 +1,7 @@
 """Log-probability of a label and entropy of its distribution, from logits whose vocabulary may be spread over a group.
 
-One collective in the forward pass (four numbers per token and rank), none in the backward pass, no second copy of
-the logits kept.
-Labels are the mask of these functions: a row with a label < 0 is not read, its outputs and gradients are 0.
+One collective in the forward pass (four numbers per token and rank), none in the backward pass; of the logits no
+second copy is kept. Labels are the mask: a row with a label < 0 is not read, its outputs and gradients are 0.
 """
 
 from typing import Any

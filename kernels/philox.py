@@ -20,8 +20,7 @@ WORDS_PER_BLOCK = 4
 def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     """Four random words of 32 bits from a counter of four words and a key of two.
 
-    counter, key: int64 tensors of values in [0, 2^32), of shapes that broadcast. Returns four int64 tensors of such
-    values.
+    counter, key: int64 tensors of values in [0, 2^32), of shapes that broadcast. Returns four such tensors.
     Source: Salmon et al. 2011, section 4; the product of two words wraps around in int64, which keeps its 64 bits.
     """
     c0, c1, c2, c3 = counter
@@ -37,9 +36,8 @@ def token_uniforms(seeds: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
     """A uniform number for every request and token id, in fp64 and never 0 or 1.
 
     seeds, positions [R] int64: any values; a pair must not be used twice for draws that should be independent.
-    Returns [R, num_tokens] float64. The counter is (id // 4, position, 0), the key the seed,
-    and id % 4 picks
-    the word: one block serves four neighbouring ids.
+    Returns [R, num_tokens] float64. The counter is (id // 4, position, 0), the key the seed, and id % 4 picks the word:
+    one block serves four neighbouring ids.
     """
     num_blocks = -(-num_tokens // WORDS_PER_BLOCK)
     block = torch.arange(num_blocks, device=seeds.device)[None]

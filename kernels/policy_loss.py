@@ -52,8 +52,8 @@ def policy_loss(
     old_logprobs: of the policy that sampled, nats. advantages: in units of reward.
     weights: loss weight of each token, mask / global number of kept tokens; 0: the token is not read.
     importance_weights: factor of each token's loss, not of its metrics; unset: 1.
-    clip: bounds of the ratio in objective "clip". dual_clip: for negative advantages the loss is at most dual_clip *
-    |advantage| (Ye et al. 2020). advantage_clip: advantages are clamped to +- this first.
+    clip: bounds of the ratio in objective "clip". advantage_clip: advantages are clamped to +- this first.
+    dual_clip: for negative advantages the loss is at most dual_clip * |advantage| (Ye et al. 2020).
     objective "penalty": -ratio * advantage + penalty_beta * KL(old || new), without clip and dual_clip; the KL of a
     token sampled from old is estimated by ratio - 1 - log ratio, which is unbiased and never negative (k3).
     The log-ratio is clamped to +- 20, beyond which the gradient is 0. Returns PolicyLoss.

@@ -26,19 +26,16 @@ def sample(
     temperature: logits are divided by it; 0 takes the largest (after the penalty; the lowest id among equals).
     top_p in (0, 1]: keep the tokens for which the likelier ones have less than this probability together; 1 keeps all.
     top_k: keep the k likeliest tokens, lower ids first among equals; 0 keeps all.
-    repetition_penalty > 0: logits of seen tokens are multiplied by it where negative, else divided by it; 1 leaves
-    them.
+    repetition_penalty: logits of seen tokens are multiplied by it where negative, else divided by it; 1 leaves them.
     seen [R, vocab] bool: tokens to penalise, over the whole vocabulary; None: none.
     seeds, positions [R] int64: key of the noise, with the token id; a request keeps its seed and counts its positions.
     vocab_size: ids >= vocab_size are padding and never drawn. Unset: there are none.
-    Returns tokens [R] int64; logprobs [R] float32, nats, of the unmodified T = 1 distribution; margin [R] float32,
-    by how much the
-    winning score beats the next (infinite if there is none): draws with a small one may differ where logits are
-    computed differently.
-    Every rank of tp_group must call it and gets the same result. Raises ValueError on settings out of range or
-    shapes that do not fit.
-    Source: paper section 6.1 (temperature 0.8, top-p 0.9, penalty 1.1); order of the steps and penalty are the
-    released code's.
+    Returns tokens [R] int64; logprobs [R] float32, nats, of the unmodified T = 1 distribution; margin [R] float32, by
+    how much the winning score beats the next (infinite if there is none): a draw with a small margin may come out
+    differently from logits computed in another order.
+    Every rank of tp_group must call it and gets the same result.
+    Raises ValueError on settings out of range and shapes that do not fit.
+    Source: the order of the steps and the penalty are the released code's.
     """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or repetition_penalty <= 0:
         raise ValueError(

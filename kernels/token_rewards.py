@@ -29,8 +29,7 @@ def token_rewards(
     kl_estimator: with d = ref_logprobs - logprobs, k1 is -d, k2 is d^2 / 2, k3 is exp(d) - 1 - d with d clamped to
     +- 20; "full": the caller gives `kl` (linear_logprobs.linear_full_kl).
     step_rewards [B, T] float: rewards of single tokens. kl [B, T] float, nats: only with "full".
-    Returns (rewards, kl), each [B, T] float32 (float64 for float64 logprobs), constants without gradient, 0 outside
-    the mask.
+    Returns (rewards, kl), each [B, T] float32 (float64 for float64 logprobs), constants, 0 outside the mask.
     Raises ValueError on shapes that do not fit and when kl is given without "full" or missing with it.
     Source: paper Eq. 19; the place of the score and the unclamped k1 are the released code's.
     """

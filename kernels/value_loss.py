@@ -28,8 +28,8 @@ def value_loss(
     """Weighted sum of 1/2 max((v - R)^2, (clamp(v, v_old - clip, v_old + clip) - R)^2).
 
     All tensors have one shape, [N] or [B, T], and are float, in units of reward.
-    values: v of the critic being trained, the only input that gets a gradient. old_values: v_old at rollout time.
-    returns: R.
+    values: v of the critic being trained, the only input that gets a gradient.
+    old_values: v_old at rollout time. returns: R.
     weights: loss weight of each token, mask / global number of kept tokens; 0: the token is not read.
     clip: None for the plain squared error. Returns ValueLoss.
     Raises ValueError on unequal shapes and on a clip that is not positive.

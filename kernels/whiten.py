@@ -30,9 +30,9 @@ def whiten(
     x float and mask bool, of one shape ([B, T]): the entries to keep.
     moments: those to whiten by, when x is a part of a larger batch. Unset: those of x.
     shift_mean: False leaves the mean where it is. unbiased: divide by count - 1. eps: added to the variance.
-    Returns float32 (float64 for float64 x) of the shape of x, a constant without gradient. Raises ValueError on
-    unequal shapes.
-    Source: paper section 5.3.1; the biased variance and the place of eps are the released code's.
+    Returns float32 (float64 for float64 x) of the shape of x, a constant without gradient.
+    Raises ValueError on unequal shapes.
+    Source: paper p. 14; the biased variance and the place of eps are the released code's.
     """
     _check("whiten", x, mask)
     if moments is None:

@@ -1,12 +1,14 @@
 """The AdamW step against torch.optim.AdamW over several updates, and a hand-worked first one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from ppomax.kernels.adamw import adamw_step
 
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6}
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6}
 
 
 def random_tensors(seed: int) -> list[Tensor]:

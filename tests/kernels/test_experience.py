@@ -1,6 +1,7 @@
 """The one-call experience against its three parts, which have tests of their own."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,21 +12,25 @@ from ppomax.kernels.gae import gae
 from ppomax.kernels.token_rewards import KlEstimator, token_rewards
 from ppomax.kernels.whiten import masked_moments
 
-SETTINGS = {"gamma": 1.0, "lam": 0.9}
+SETTINGS: dict[str, Any] = {"gamma": 1.0, "lam": 0.9}
 
 
-def random_case(B: int, T: int) -> tuple[Tensor, list[Tensor], Tensor]:
+Case = tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def random_case(B: int, T: int) -> Case:
     """scores [B], (logprobs, ref_logprobs, values, step_rewards) [B, T], a mask with gaps."""
     generator = torch.Generator().manual_seed(B)
-    tensors = list(torch.randn(4, B, T, generator=generator))
-    return torch.randn(B, generator=generator), tensors, torch.rand(B, T, generator=generator) < 0.7
+    logprobs, ref, values, step = torch.randn(4, B, T, generator=generator)
+    scores = torch.randn(B, generator=generator)
+    return scores, (logprobs, ref, values, step), torch.rand(B, T, generator=generator) < 0.7
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "full"])
 def test_equals_its_parts(estimator: KlEstimator) -> None:
     scores, (logprobs, ref, values, step), mask = random_case(5, 70)
     bootstrap = torch.randn(5, generator=torch.Generator().manual_seed(1))
-    penalty = {"kl_coef": 0.1, "kl_estimator": estimator, "step_rewards": step}
+    penalty: dict[str, Any] = {"kl_coef": 0.1, "kl_estimator": estimator, "step_rewards": step}
     penalty["kl"] = (logprobs - ref).abs() if estimator == "full" else None
     got = experience(scores, logprobs, ref, values, mask, **penalty, **SETTINGS, bootstrap=bootstrap)
     rewards, kl = token_rewards(scores, logprobs, ref, mask, **penalty)
@@ -47,16 +52,17 @@ def test_moments_describe_the_kept_advantages() -> None:
 def test_nothing_outside_the_mask_is_read() -> None:
     scores, tensors, mask = random_case(3, 20)
     mask[1] = False
-    dirty = [torch.where(mask, x, math.nan) for x in tensors]
-    got = experience(scores, *dirty[:3], mask, kl_coef=0.1, step_rewards=dirty[3], **SETTINGS)
-    wanted = experience(scores, *tensors[:3], mask, kl_coef=0.1, step_rewards=tensors[3], **SETTINGS)
+    got, wanted = (
+        experience(scores, logprobs, ref, values, mask, kl_coef=0.1, step_rewards=step, **SETTINGS)
+        for logprobs, ref, values, step in ([torch.where(mask, x, math.nan) for x in tensors], tensors)
+    )
     torch.testing.assert_close(got[:4], wanted[:4])
     torch.testing.assert_close(tuple(got.moments), tuple(wanted.moments))
 
 
 def test_a_batch_without_kept_tokens_is_all_zero() -> None:
-    scores, tensors, mask = random_case(3, 20)
-    result = experience(scores, *tensors[:3], mask & False, kl_coef=0.1, **SETTINGS)
+    scores, (logprobs, ref, values, _), mask = random_case(3, 20)
+    result = experience(scores, logprobs, ref, values, mask & False, kl_coef=0.1, **SETTINGS)
     for tensor in (*result[:4], *result.moments):
         assert (tensor == 0).all()
 

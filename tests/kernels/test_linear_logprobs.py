@@ -23,6 +23,11 @@ def random_case(N: int, H: int, V: int, *, seed: int = 0) -> tuple[Tensor, Tenso
     return hidden, weight, torch.randint(V, (N,), generator=generator)
 
 
+def leaf(x: Tensor) -> Tensor:
+    """A copy of x to differentiate by."""
+    return x.clone().requires_grad_()
+
+
 def expected(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     distribution = Categorical(logits=hidden.double() @ weight.double().T / temperature)
     return distribution.log_prob(labels), distribution.entropy()
@@ -31,16 +36,16 @@ def expected(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100, None])
 def test_values_and_gradients_equal_stored_logits(chunk_rows: int | None) -> None:
     hidden, weight, labels = random_case(7, 8, 37)
-    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    twins = [x.clone().requires_grad_() for x in (hidden, weight)]
+    leaves = leaf(hidden), leaf(weight)
+    twins = leaf(hidden), leaf(weight)
     got = linear_logprobs(*leaves, labels, temperature=0.7, chunk_rows=chunk_rows)
     wanted = expected(*twins, labels, temperature=0.7)
     torch.testing.assert_close(got, wanted)
     factors = torch.randn(2, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for outputs in (got, wanted):
         (torch.stack(outputs) * factors).sum().backward()
-    for leaf, twin in zip(leaves, twins, strict=True):
-        torch.testing.assert_close(leaf.grad, twin.grad)
+    for x, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(x.grad, twin.grad)
 
 
 def test_gradcheck_passes_with_masked_rows_and_padding_columns() -> None:
@@ -64,32 +69,31 @@ def test_logits_of_bf16_inputs_are_not_rounded() -> None:
 def test_gradients_of_bf16_inputs_are_rounded_once() -> None:
     hidden, weight, labels = random_case(64, 16, 40)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    twins = [x.double().requires_grad_() for x in (hidden, weight)]
+    leaves = leaf(hidden), leaf(weight)
+    twins = leaf(hidden.double()), leaf(weight.double())
     linear_logprobs(*leaves, labels, chunk_rows=5)[0].sum().backward()
     expected(*twins, labels)[0].sum().backward()
-    for leaf, twin in zip(leaves, twins, strict=True):
-        assert leaf.grad is not None
+    for x, twin in zip(leaves, twins, strict=True):
+        assert x.grad is not None
         assert twin.grad is not None
-        assert leaf.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(leaf.grad.double(), twin.grad, rtol=2**-8, atol=1e-5)
+        assert x.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(x.grad.double(), twin.grad, rtol=2**-8, atol=1e-5)
 
 
 def test_chunks_do_not_change_hidden_gradients_beyond_rounding() -> None:
     hidden, weight, labels = (x.float() if x.is_floating_point() else x for x in random_case(12, 8, 37))
     results = []
     for chunk_rows in (12, 5):
-        leaf = hidden.clone().requires_grad_()
-        linear_logprobs(leaf, weight, labels, chunk_rows=chunk_rows)[0].sum().backward()
-        assert leaf.grad is not None
-        results.append(leaf.grad)
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+        x = leaf(hidden)
+        linear_logprobs(x, weight, labels, chunk_rows=chunk_rows)[0].sum().backward()
+        results.append(x.grad)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
 
 
 def test_masked_rows_are_not_read() -> None:
     hidden, weight, labels = random_case(6, 4, 9)
     hidden[2], labels[2] = NAN, -1
-    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    leaves = leaf(hidden), leaf(weight)
     logprobs, entropy = linear_logprobs(*leaves, labels, chunk_rows=4)
     grad_hidden, grad_weight = torch.autograd.grad((logprobs + entropy).sum(), leaves)
     assert logprobs[2] == 0
@@ -102,18 +106,18 @@ def test_masked_rows_are_not_read() -> None:
 def test_padding_rows_of_the_head_are_not_read(garbage: float) -> None:
     hidden, weight, labels = random_case(5, 4, 12)
     labels %= 9
-    twins = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    twins = leaf(hidden), leaf(weight)
     weight[9:] = garbage
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = leaf(hidden), leaf(weight)
     for outputs in (linear_logprobs(*leaves, labels, vocab_size=9), expected(twins[0], twins[1][:9], labels)):
         torch.stack(outputs).sum().backward()
-    for leaf, twin in zip(leaves, twins, strict=True):
-        torch.testing.assert_close(leaf.grad, twin.grad)
+    for x, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(x.grad, twin.grad)
 
 
 def test_no_rows_give_empty_results_and_no_gradient() -> None:
     hidden, weight, labels = random_case(0, 4, 9)
-    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    leaves = leaf(hidden), leaf(weight)
     logprobs, _ = linear_logprobs(*leaves, labels)
     assert logprobs.shape == (0,)
     grad_hidden, grad_weight = torch.autograd.grad(logprobs.sum(), leaves)
@@ -124,7 +128,7 @@ def test_no_rows_give_empty_results_and_no_gradient() -> None:
 @pytest.mark.parametrize("frozen", [0, 1], ids=["hidden frozen", "weight frozen"])
 def test_frozen_input_gets_no_gradient(frozen: int) -> None:
     hidden, weight, labels = random_case(4, 3, 9)
-    leaves, twins = [hidden.clone(), weight.clone()], [hidden.clone(), weight.clone()]
+    leaves, twins = (hidden.clone(), weight.clone()), (hidden.clone(), weight.clone())
     leaves[1 - frozen].requires_grad_()
     twins[1 - frozen].requires_grad_()
     linear_logprobs(*leaves, labels)[0].sum().backward()
@@ -144,14 +148,14 @@ def test_policy_loss_adds_the_entropy_bonus_of_kept_tokens() -> None:
     generator = torch.Generator().manual_seed(2)
     old, advantages = torch.randn(2, 6, generator=generator, dtype=torch.float64)
     weights = torch.tensor([0.2, 0.0, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
-    leaves = [hidden.clone(), weight.clone().requires_grad_()]
-    leaves[0][1] = NAN
-    leaves[0].requires_grad_()
+    dirty = hidden.clone()
+    dirty[1] = NAN
+    leaves = leaf(dirty), leaf(weight)
     labels[4] = -1
     got = linear_policy_loss(*leaves, labels, old - 2, advantages, weights, clip=0.2, dual_clip=3.0, entropy_coef=0.1)
 
     kept = torch.tensor([0, 2, 3, 5])
-    twins = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    twins = leaf(hidden), leaf(weight)
     logprobs, entropy = expected(twins[0][kept], twins[1], labels[kept])
     plain = policy_loss(logprobs, old[kept] - 2, advantages[kept], weights[kept], clip=0.2, dual_clip=3.0)
     wanted = plain.loss - 0.1 * (weights[kept] * entropy).sum()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ppomax.kernels.policy_loss import Clip, policy_loss
+from ppomax.kernels.policy_loss import policy_loss
 
 NAN = math.nan
 
@@ -100,7 +100,7 @@ def test_metrics_equal_their_definitions() -> None:
 
 def test_clipping_does_not_apply_to_the_penalty() -> None:
     case = random_case(40)
-    options = {"objective": "penalty", "penalty_beta": 0.5}
+    options: dict[str, Any] = {"objective": "penalty", "penalty_beta": 0.5}
     got = policy_loss(*case, clip=0.01, dual_clip=1.01, **options)
     torch.testing.assert_close(got, policy_loss(*case, clip=None, **options))
     assert got.clip_fraction == 0
@@ -112,13 +112,14 @@ def test_clipping_does_not_apply_to_the_penalty() -> None:
 def test_tokens_of_weight_zero_are_not_read(garbage: float, options: dict[str, Any]) -> None:
     logprobs, old, advantages, weights = random_case(5, 12)
     is_kept = weights != 0
-    dirty = [torch.where(is_kept, x, garbage).requires_grad_(i == 0) for i, x in enumerate((logprobs, old, advantages))]
+    leaf, dirty_old, dirty_advantages = (torch.where(is_kept, x, garbage) for x in (logprobs, old, advantages))
+    leaf.requires_grad_()
     dirty_options = dict(options)
     if "importance_weights" in options:
         dirty_options["importance_weights"] = torch.where(is_kept, options["importance_weights"], garbage)
-    got = policy_loss(*dirty, weights, **dirty_options)
+    got = policy_loss(leaf, dirty_old, dirty_advantages, weights, **dirty_options)
     torch.testing.assert_close(got, policy_loss(logprobs, old, advantages, weights, **options))
-    (grad,) = torch.autograd.grad(got.loss, dirty[0])
+    (grad,) = torch.autograd.grad(got.loss, leaf)
     assert (grad[~is_kept] == 0).all()
     assert grad.isfinite().all()
 
@@ -167,7 +168,7 @@ def test_unchanged_policy_has_gradient_minus_weighted_advantage() -> None:
     dual_clip=st.sampled_from([None, 1.5, 3.0]),
 )
 def test_gradient_vanishes_exactly_where_the_ratio_is_clipped(
-    gap: float, advantage: float, clip: Clip, dual_clip: float | None
+    gap: float, advantage: float, clip: float | tuple[float, float], dual_clip: float | None
 ) -> None:
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     x = torch.tensor([gap], dtype=torch.float64, requires_grad=True)

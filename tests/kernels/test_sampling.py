@@ -26,7 +26,7 @@ def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
     c0, c1, c2, c3, k0, k1 = (torch.tensor(x) for x in (*counter, *key))
-    return [word.item() for word in philox_4x32_10((c0, c1, c2, c3), (k0, k1))]
+    return [int(word) for word in philox_4x32_10((c0, c1, c2, c3), (k0, k1))]
 
 
 def draw(logits: Tensor, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +86,7 @@ def test_every_token_has_its_word() -> None:
     seeds, positions = torch.tensor([7, -1, 2**40 + 3]), torch.tensor([0, 5, 2**33 + 1])
     uniforms = token_uniforms(seeds, positions, 11)
     for r in range(3):
-        seed, position = seeds[r].item(), positions[r].item()
+        seed, position = int(seeds[r]), int(positions[r])
         for token in range(11):
             counter = [token // 4, position % 2**32, (position >> 32) % 2**32, 0]
             word = philox_in_python(counter, [seed % 2**32, (seed >> 32) % 2**32])[token % 4]
@@ -216,7 +216,8 @@ def kept_ids(scores: list[float], top_k: int, top_p: float) -> set[int]:
     """Ids kept by top-k, then top-p, token by token in python floats."""
     order = sorted(range(len(scores)), key=lambda v: (-scores[v], v))[: top_k or None]
     mass = [math.exp(scores[v]) for v in order]
-    kept, before = set(), 0.0
+    kept: set[int] = set()
+    before = 0.0
     for token, weight in zip(order, mass, strict=True):
         if kept and before >= top_p * sum(mass) and top_p < 1:
             break

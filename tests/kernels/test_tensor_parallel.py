@@ -47,8 +47,9 @@ def results(case: dict[str, Tensor], tp_group: ProcessGroup | None) -> dict[str,
     """Every function that takes a group, on this rank's rows of the head and columns of the logits."""
     rank, size = (dist.get_rank(tp_group), dist.get_world_size(tp_group)) if tp_group else (0, 1)
     shard = slice(rank * V // size, (rank + 1) * V // size)
-    common = {"tp_group": tp_group, "vocab_size": VOCAB_SIZE}
-    labels, saved = case["labels"], {}
+    common: dict[str, Any] = {"tp_group": tp_group, "vocab_size": VOCAB_SIZE}
+    labels = case["labels"]
+    saved: dict[str, Any] = {}
 
     logits = case["logits"][:, shard].clone().requires_grad_()
     logprobs, entropy = token_logprobs(logits, labels, temperature=0.7, **common)

@@ -74,12 +74,12 @@ def test_exact_tie_takes_half_the_gradient_as_autograd_does() -> None:
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_tokens_of_weight_zero_are_not_read(garbage: float, clip: float | None) -> None:
-    *tensors, weights = random_case(5, 12)
-    dirty = [torch.where(weights != 0, x, garbage) for x in tensors]
-    dirty[0].requires_grad_()
-    got = value_loss(*dirty, weights, clip=clip)
-    torch.testing.assert_close(got, value_loss(*tensors, weights, clip=clip))
-    (grad,) = torch.autograd.grad(got.loss, dirty[0])
+    values, old, returns, weights = random_case(5, 12)
+    leaf, dirty_old, dirty_returns = (torch.where(weights != 0, x, garbage) for x in (values, old, returns))
+    leaf.requires_grad_()
+    got = value_loss(leaf, dirty_old, dirty_returns, weights, clip=clip)
+    torch.testing.assert_close(got, value_loss(values, old, returns, weights, clip=clip))
+    (grad,) = torch.autograd.grad(got.loss, leaf)
     assert (grad[weights == 0] == 0).all()
     assert grad.isfinite().all()
 
