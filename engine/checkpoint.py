@@ -95,7 +95,9 @@ def find_checkpoint(resume: str, folder: str) -> Path | None:
         return found[-1] if found else None
     path = Path(resume)
     if not (path / "state.json").is_file():
-        raise CheckpointError(f"checkpoint.resume = {resume!r}: no state.json there; give a step_N folder, auto or never")
+        raise CheckpointError(
+            f"checkpoint.resume = {resume!r}: no state.json there; give a step_N folder, auto or never"
+        )
     return path
 
 
@@ -112,7 +114,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         content = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path}: state.json cannot be read ({error}); take another step_N folder") from error
+        raise CheckpointError(
+            f"checkpoint {path}: state.json cannot be read ({error}); take another step_N folder"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: format {content.get('format')!r}, expected {FORMAT}")
     return content

@@ -83,9 +83,7 @@ def make_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(
-        settings, [model], use_gloo_process_groups=False, pg_collection=groups.megatron
-    )
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=groups.megatron)
     # A ChainedOptimizer of one: the dense parameters' distributed optimizer.
     return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
 

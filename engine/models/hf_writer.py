@@ -59,6 +59,8 @@ class FolderWriter:
             file = self._file_of[name]
             if len(self._pending) == len(self._files[file]):
                 save_file(self._pending, self._partial / file, metadata={"format": "pt"})
+                # safetensors makes files that only their owner may read.
+                (self._partial / file).chmod(self._partial.stat().st_mode & 0o666)
                 self._pending = {}
         except Exception as error:
             self._fault, self._pending = error, {}

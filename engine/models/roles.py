@@ -1,17 +1,20 @@
 """The four roles of RLHF: built, loaded, frozen or trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from ppomax.engine.config import ROLES, OptimConfig, RunConfig
+from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
 from ppomax.engine.models.hf_checkpoint import load_weights
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
-from ppomax.engine.models.shape import ModelShape
+from ppomax.engine.models.shape import ModelShape, shape_from_init
 from ppomax.engine.models.transformer import PackedModel, build_model
 from ppomax.engine.optim import make_optimizer
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
@@ -78,6 +81,31 @@ def load_role(
     )
 
 
+def load_policy(
+    config: RunConfig, groups: RoleGroups, vocab_size: int, *, trained: bool, extra_scalar_head: bool = False
+) -> Role:
+    """The language model of model.policy, or one of the shape in [model.init] with random weights where that is empty."""
+    folder = config.model.policy
+    options: dict[str, bool] = {
+        "extra_scalar_head": extra_scalar_head,
+        "fresh_head": extra_scalar_head,
+        "trained": trained,
+    }
+    if folder:
+        return load_role("policy", folder, config, groups, eps=config.optim.eps, **options)
+    shape = shape_from_init(config.model.init, vocab_size)
+    reader = random_reader(shape, config)
+    return make_role("policy", shape, reader, config, groups, source="model.init", eps=config.optim.eps, **options)
+
+
+def load_critic(config: RunConfig, groups: RoleGroups) -> Role:
+    """A trained critic: model.critic, or as ppo.critic_init says the reward model, or the policy's body with a fresh head."""
+    fresh = not config.model.critic and config.ppo.critic_init == "sft"
+    folder = config.model.critic or (config.model.policy if fresh else config.model.reward)
+    eps = config.optim.critic_eps
+    return load_role("critic", folder, config, groups, scalar=True, fresh_head=fresh, trained=True, eps=eps)
+
+
 def as_scalar(shape: ModelShape) -> ModelShape:
     """The same body with a scalar head."""
     return replace(shape, scalar=True, tie_embeddings=False)
@@ -125,3 +153,28 @@ def _trainable(
     module = DistributedDataParallel(stage.config, settings, stage, pg_collection=groups.megatron)
     optimizer = make_optimizer(module, groups, config, eps=eps, bf16=stage.config.bf16)
     return module, optimizer
+
+
+def role_packs(role: Role, sequences: Sequence[Tensor], rows: Rows, tokens_per_microbatch: int) -> list[Pack]:
+    """The packs of this rank's replica for a global list of sequences; the same split on every rank of the replica."""
+    return grouped_packs(role, sequences, rows, [(i,) for i in range(len(sequences))], tokens_per_microbatch)
+
+
+def grouped_packs(
+    role: Role,
+    sequences: Sequence[Tensor],
+    rows: Rows,
+    units: Sequence[tuple[int, ...]],
+    tokens_per_microbatch: int,
+) -> list[Pack]:
+    """As role_packs, where the sequences of one unit (the two of a preference pair) stay in one pack, in order."""
+    layout, config = role.groups.layout, role.stage.config
+    lengths = [sum(sequences[i].numel() for i in unit) for unit in units]
+    mine = balance(lengths, layout.dp, tokens_per_microbatch)[role.groups.dp_rank]
+    return make_packs(
+        sequences,
+        rows,
+        [[i for unit in members for i in units[unit]] for members in mine],
+        multiple_of=layout.tp if config.sequence_parallel else 1,
+        equal_lengths=layout.pp > 1,
+    )

@@ -61,7 +61,13 @@ class PackedModel(GPTModel):
     """One pipeline stage of a policy (vocabulary head) or of a reward / value model (scalar head)."""
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, groups: RoleGroups, attention: str, *, extra_scalar_head: bool
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        groups: RoleGroups,
+        attention: str,
+        *,
+        extra_scalar_head: bool,
     ) -> None:
         super().__init__(
             config,
@@ -159,7 +165,9 @@ def build_model(
     layout = groups.layout
     for name, size in (("num_heads", shape.num_heads), ("ffn_hidden_size", shape.ffn_hidden_size)):
         if size % layout.tp:
-            raise ConfigError(f"{name} {size} of the model is not divisible by tp {layout.tp}; choose a tp that divides it")
+            raise ConfigError(
+                f"{name} {size} of the model is not divisible by tp {layout.tp}; choose a tp that divides it"
+            )
     wide, narrow = max(shape.num_query_groups, layout.tp), min(shape.num_query_groups, layout.tp)
     if wide % narrow:
         raise ConfigError(

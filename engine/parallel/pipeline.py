@@ -96,7 +96,9 @@ def _run_schedule(
     model: torch.nn.Module, groups: RoleGroups, packs: Sequence[Pack], forward_step: Callable, *, forward_only: bool
 ) -> None:
     layout, config = groups.layout, get_model_config(model)
-    pipelined = {} if layout.pp == 1 else {"p2p_communicator": P2PCommunicator(pp_group=groups.megatron.pp, config=config)}
+    pipelined = (
+        {} if layout.pp == 1 else {"p2p_communicator": P2PCommunicator(pp_group=groups.megatron.pp, config=config)}
+    )
     schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=None)
     schedule(
         forward_step_func=forward_step,

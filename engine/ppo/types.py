@@ -39,11 +39,13 @@ class Experience:
     """A rollout with everything that the update needs; each tensor [B, T] float32 and 0 outside response_mask, scores [B] float32.
 
     scores: raw reward-model scores. kl: the chosen estimator of KL(policy || reference) per token, nats.
-    old_logprobs: the behaviour distribution of the ratio (policy at rollout time, or the reference under importance sampling).
+    logprobs: of the policy at rollout time. old_logprobs: the denominator of the ratio: the same, or the reference's under importance
+    sampling.
     """
 
     rollout: Rollout
     scores: Tensor
+    logprobs: Tensor
     old_logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor

@@ -27,7 +27,7 @@ from ppomax.engine.parallel.stages import (
     sum_over_replicas,
 )
 from ppomax.engine.ppo.types import Rollout, response_mask
-from ppomax.engine.rollout.kv_cache import KVCache, decode, prefill
+from ppomax.engine.rollout.kv_cache import Slots, decode, prefill
 from ppomax.kernels.sampling import sample
 
 PREFILL_TOKENS = 8192
@@ -133,50 +133,10 @@ class _Batch:
         return self.finished[requests].bool() | (self.lengths(requests) == self.max_lengths[requests])
 
 
-class _Slots:
-    """The requests being decoded: running [R] int64 are those in slots 0 to R - 1.
-
-    seen [slots, vocab] bool: the tokens that each has generated; None where nothing asks for them.
-    """
-
-    def __init__(self, role: Role, *, num_slots: int, max_length: int, track_seen: bool) -> None:
-        self.num_slots = num_slots
-        self.cache = KVCache(role.stage, num_slots=num_slots, max_length=max_length)
-        self.running = torch.zeros(0, dtype=torch.int64, device=role.device)
-        self.seen = None
-        if track_seen:
-            self.seen = torch.zeros(num_slots, role.shape.vocab_size, dtype=torch.bool, device=role.device)
-
-    @property
-    def num_free(self) -> int:
-        return self.num_slots - self.running.numel()
-
-    def start(self, requests: Tensor) -> slice:
-        """Gives slots to waiting requests [n]; returns which."""
-        taken = slice(self.running.numel(), self.running.numel() + requests.numel())
-        self.running = torch.cat([self.running, requests])
-        if self.seen is not None:
-            self.seen[taken] = False
-        return taken
-
-    def release(self, is_done: Tensor) -> None:
-        """Drops the running requests where is_done [R] bool; the last of the others move into the gaps."""
-        num_left = int((~is_done).sum())
-        if num_left == self.running.numel():
-            return
-        targets = is_done[:num_left].nonzero().squeeze(1)
-        sources = num_left + (~is_done[num_left:]).nonzero().squeeze(1)
-        self.cache.move(sources, targets)
-        self.running[targets] = self.running[sources]
-        self.running = self.running[:num_left]
-        if self.seen is not None:
-            self.seen[targets] = self.seen[sources]
-
-
 def _decode_share(role: Role, batch: _Batch, share: Sequence[int], sampling: SamplingConfig, eos_id: int) -> None:
     """Runs this replica's requests to their ends. All ranks of the replica take the same steps."""
-    slots = _Slots(
-        role,
+    slots = Slots(
+        role.stage,
         num_slots=min(sampling.batch_size, len(share)),
         max_length=int(batch.max_lengths[list(share)].max()),
         track_seen=sampling.repetition_penalty != 1 and role.groups.is_last_stage,

@@ -1,8 +1,8 @@
 """Keys and values of the requests that are being decoded, for the layers of one pipeline stage.
 
-Every request has a slot. `Prefill` and `Decode` are what attention sees of the cache (`KeyValueCache` in
-models/attention.py): the first while whole prompts run through the model, the second while every request adds one
-token. Who holds which slot is decided by generate.py.
+`Slots` says which request has which place in the cache. `Prefill` and `Decode` are what attention sees of the cache
+(`KeyValueCache` in models/attention.py): the first while whole prompts run through the model, the second while every
+request adds one token. When requests start and end is decided by generate.py.
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,47 @@ class KVCache:
         """Copies the requests in the slots sources [n] int64 over those in targets [n] int64."""
         self.keys[:, targets] = self.keys[:, sources]
         self.values[:, targets] = self.values[:, sources]
+
+
+class Slots:
+    """The requests being decoded: running [R] int64 are those in slots 0 to R - 1.
+
+    seen [slots, vocab] bool: the tokens that each has generated; None where nothing asks for them.
+    """
+
+    def __init__(self, stage: PackedModel, *, num_slots: int, max_length: int, track_seen: bool) -> None:
+        self.num_slots = num_slots
+        self.cache = KVCache(stage, num_slots=num_slots, max_length=max_length)
+        device = self.cache.keys.device
+        self.running = torch.zeros(0, dtype=torch.int64, device=device)
+        self.seen = None
+        if track_seen:
+            self.seen = torch.zeros(num_slots, stage.shape.vocab_size, dtype=torch.bool, device=device)
+
+    @property
+    def num_free(self) -> int:
+        return self.num_slots - self.running.numel()
+
+    def start(self, requests: Tensor) -> slice:
+        """Gives slots to waiting requests [n]; returns which."""
+        taken = slice(self.running.numel(), self.running.numel() + requests.numel())
+        self.running = torch.cat([self.running, requests])
+        if self.seen is not None:
+            self.seen[taken] = False
+        return taken
+
+    def release(self, is_done: Tensor) -> None:
+        """Drops the running requests where is_done [R] bool; the last of the others move into the gaps."""
+        num_left = int((~is_done).sum())
+        if num_left == self.running.numel():
+            return
+        targets = is_done[:num_left].nonzero().squeeze(1)
+        sources = num_left + (~is_done[num_left:]).nonzero().squeeze(1)
+        self.cache.move(sources, targets)
+        self.running[targets] = self.running[sources]
+        self.running = self.running[:num_left]
+        if self.seen is not None:
+            self.seen[targets] = self.seen[sources]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,27 @@
+"""Evaluation of a policy on held-out prompts with a reward model: metrics, every sample, and the rewards behind a histogram."""
+
+from ppomax.engine.config import RunConfig
+from ppomax.engine.data.datasets import load_prompts
+from ppomax.engine.models.roles import load_role
+from ppomax.engine.ppo.evaluation import evaluate_policy
+from ppomax.engine.session import open_session
+
+
+def run(config: RunConfig) -> None:
+    """Samples a response to each prompt of data.eval and scores it; writes evaluation.json and samples.jsonl into train.output."""
+    with open_session(config, "evaluate", tokenizer_source=config.model.policy) as session:
+        limit = config.data.max_length - config.sampling.max_new_tokens
+        prompts = load_prompts(config.data, config.data.eval, session.template, max_prompt_tokens=limit)
+        session.log.say(f"data.eval: {prompts.summary()}")
+        groups = session.groups
+        policy = load_role("policy", config.model.policy, config, groups["policy"])
+        reference = None
+        if config.model.reference:
+            reference = load_role("reference", config.model.reference, config, groups["reference"])
+        reward = load_role("reward", config.model.reward, config, groups["reward"], scalar=True)
+        rows = prompts.rows[: config.monitor.eval_size]
+        result = evaluate_policy(policy, reward, reference, rows, config, session.tokenizer, session.template)
+        session.log.evaluation(0, result.metrics)
+        session.log.write_json("evaluation.json", result.metrics)
+        session.log.write_lines("samples.jsonl", result.samples)
+        session.log.say(f"wrote evaluation.json and samples.jsonl into {config.train.output}")

@@ -1,0 +1,102 @@
+"""What a run leaves behind: its folder with the resolved configuration, versions, metrics.jsonl, and the lines on the console."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_file import write_config
+from ppomax.engine.errors import ConfigError
+
+PACKAGES = ("ppomax", "torch", "megatron-core", "transformers", "triton", "flash-attn", "numpy")
+CONSOLE = {
+    "sft": ("loss", "learning_rate", "grad_norm"),
+    "reward": ("loss", "accuracy", "learning_rate", "grad_norm"),
+    "critic": ("value_loss", "reward", "explained_variance", "grad_norm"),
+    "ppo": ("reward", "kl", "response_length", "perplexity", "policy_loss", "value_loss", "grad_norm"),
+}
+
+
+class RunLog:
+    """Writes a run's records; only the first rank writes, the others keep quiet."""
+
+    def __init__(self, config: RunConfig, command: str, *, is_writer: bool, resumed: bool) -> None:
+        self.folder = Path(config.train.output)
+        self.command, self.every, self.is_writer = command, config.train.log_every, is_writer
+        self.started = self.last = time.perf_counter()
+        if not is_writer:
+            return
+        if (self.folder / "metrics.jsonl").exists() and not resumed:
+            raise ConfigError(
+                f"train.output {self.folder} already holds a run; give another folder, remove it, or set checkpoint.resume=auto"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.folder / "config.toml")
+            (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+            (self.folder / "metrics.jsonl").touch()
+        except OSError as error:
+            raise ConfigError(f"train.output {self.folder} cannot be written: {error}") from error
+
+    def step(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and every train.log_every steps one on the console. Steps count from 1."""
+        if not self.is_writer:
+            return
+        now = time.perf_counter()
+        record = {"step": step, "seconds": round(now - self.last, 4), **values}
+        self.last = now
+        self._append({"kind": self.command, **record})
+        if step % self.every == 0 or step in (1, num_steps):
+            shown = "  ".join(f"{name} {values[name]:.4g}" for name in CONSOLE[self.command] if name in values)
+            self.say(
+                f"{self.command} {step}/{num_steps} {progress_bar(step, num_steps)}  {shown}  {record['seconds']:.2f} s"
+            )
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """One held-out evaluation."""
+        if not self.is_writer:
+            return
+        self._append({"kind": "evaluation", "step": step, **values})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int))
+        self.say(f"{self.command} {step} held out: {shown}")
+
+    def write_json(self, name: str, content: Any) -> None:
+        if self.is_writer:
+            (self.folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
+
+    def write_lines(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """A jsonl file of its own."""
+        if self.is_writer:
+            lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+            (self.folder / name).write_text("".join(line + "\n" for line in lines))
+
+    def say(self, text: str) -> None:
+        if self.is_writer:
+            print(text, flush=True)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def progress_bar(step: int, num_steps: int, width: int = 12) -> str:
+    done = round(width * step / max(1, num_steps))
+    return "[" + "#" * done + "." * (width - done) + "]"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "command": " ".join(sys.argv[1:])}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["world_size"] = os.environ.get("WORLD_SIZE", "1")
+    return found

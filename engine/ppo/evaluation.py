@@ -1,0 +1,113 @@
+"""Held-out measurements: a policy's rewards, KL, perplexity and sample dialogues; a reward model's pair accuracy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.config import RunConfig, TrainConfig
+from ppomax.engine.data.batches import unpad
+from ppomax.engine.data.chat import Template
+from ppomax.engine.data.datasets import PairRow, PromptRow
+from ppomax.engine.data.tokenizer import Tokenizer
+from ppomax.engine.models.roles import Role
+from ppomax.engine.ppo.scoring import sequence_scores, token_logprobs
+from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout.generate import generate, request_seeds
+
+EVALUATION_STEP = -1
+"""The step number of evaluation in request seeds: every evaluation of a run draws the same noise."""
+
+
+@dataclass(frozen=True)
+class PairAccuracy:
+    """differences [P] float32: score of the chosen minus that of the rejected response."""
+
+    differences: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        difference = self.differences.double()
+        return {
+            "accuracy": float((difference > 0).double().mean()),
+            "difference_mean": float(difference.mean()),
+            "difference_std": float(difference.std()) if difference.numel() > 1 else 0.0,
+        }
+
+
+def pair_accuracy(model: Role, pairs: Sequence[PairRow], train: TrainConfig) -> PairAccuracy:
+    """Scores held-out pairs. Collective over the role's ranks."""
+    scores = sequence_scores(model, pair_sequences(pairs), tokens_per_microbatch=train.tokens_per_microbatch)
+    chosen, rejected = scores.view(-1, 2).unbind(1)
+    return PairAccuracy((chosen - rejected).cpu())
+
+
+def pair_sequences(pairs: Sequence[PairRow]) -> list[Tensor]:
+    """chosen, rejected, chosen, ...: token ids of the pairs."""
+    return [torch.tensor(tokens) for pair in pairs for tokens in (pair.chosen, pair.rejected)]
+
+
+@dataclass(frozen=True)
+class PolicyEvaluation:
+    """metrics over held-out prompts; samples: one dictionary per prompt with prompt, response, reward, finished."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, object]]
+
+
+def evaluate_policy(
+    policy: Role,
+    reward: Role,
+    reference: Role | None,
+    prompts: Sequence[PromptRow],
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    template: Template,
+) -> PolicyEvaluation:
+    """Samples one response to each prompt with the run's sampling settings and scores it (raw scores).
+
+    reference: the KL is measured against it; None leaves it out. Collective over all ranks of the roles.
+    """
+    rollout = generate(
+        policy,
+        [row.tokens for row in prompts],
+        config.sampling,
+        seeds=request_seeds(config.train.seed, EVALUATION_STEP, len(prompts)),
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        max_length=config.data.max_length,
+    )
+    limit = config.train.tokens_per_microbatch
+    sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
+    scores = sequence_scores(reward, sequences, tokens_per_microbatch=limit)
+    logprobs, entropy = token_logprobs(policy, rollout, tokens_per_microbatch=limit)
+    mask = rollout.response_mask
+    values = {
+        "reward": scores.mean(),
+        "reward_std": scores.std() if len(scores) > 1 else scores.new_zeros(()),
+        "response_length": mask.sum(1).float().mean(),
+        "finished": rollout.finished.float().mean(),
+        "perplexity": (-logprobs.sum() / mask.sum()).exp(),
+        "entropy": entropy.sum() / mask.sum(),
+    }
+    if reference is not None:
+        ref_logprobs, _ = token_logprobs(reference, rollout, tokens_per_microbatch=limit)
+        values["kl"] = (logprobs - ref_logprobs).sum() / mask.sum()
+    metrics = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
+    return PolicyEvaluation(metrics, _samples(rollout, scores, prompts, template))
+
+
+def _samples(
+    rollout: Rollout, scores: Tensor, prompts: Sequence[PromptRow], template: Template
+) -> list[dict[str, object]]:
+    samples = []
+    for b, (sequence, row) in enumerate(zip(unpad(rollout.tokens.cpu(), rollout.lengths.cpu()), prompts, strict=True)):
+        samples.append(
+            {
+                "prompt": [{"role": turn.role, "text": turn.text} for turn in row.turns],
+                "response": template.decode_response(sequence[len(row.tokens) :].tolist()),
+                "reward": float(scores[b]),
+                "finished": bool(rollout.finished[b]),
+            }
+        )
+    return samples

@@ -1,0 +1,131 @@
+"""From a rollout to experience: scores, log-probs, values, token rewards, advantages."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.config import PpoConfig
+from ppomax.engine.errors import ConfigError
+from ppomax.engine.models.roles import Role
+from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished
+from ppomax.engine.ppo.scoring import full_kl, sequence_scores, token_logprobs, token_values
+from ppomax.engine.ppo.types import Experience, Rollout
+from ppomax.engine.data.batches import unpad
+from ppomax.kernels.experience import experience as token_experience
+
+
+@dataclass(frozen=True)
+class Models:
+    """The four roles. reference is the policy itself where both are frozen and equal (critic pre-training)."""
+
+    policy: Role
+    critic: Role
+    reference: Role
+    reward: Role
+
+
+def make_experience(
+    rollout: Rollout,
+    models: Models,
+    scaler: RewardScaler,
+    *,
+    kl_coef: float,
+    config: PpoConfig,
+    tokens_per_microbatch: int,
+    step_rewards: Tensor | None = None,
+) -> tuple[Experience, RewardScaler]:
+    """Scores a rollout with all four roles; returns the experience and the reward moments that now include its scores.
+
+    step_rewards [B, T] float: extra rewards at any response token (process rewards). Collective over all ranks of the roles.
+    """
+    limit = tokens_per_microbatch
+    mask = rollout.response_mask
+    scores = sequence_scores(
+        models.reward, unpad(rollout.tokens.cpu(), rollout.lengths.cpu()), tokens_per_microbatch=limit
+    )
+    logprobs = policy_logprobs(rollout, models.policy, config, limit)
+    if models.reference is models.policy:
+        ref_logprobs = logprobs
+    else:
+        ref_logprobs, _ = token_logprobs(models.reference, rollout, tokens_per_microbatch=limit)
+    kl = None
+    if config.kl_estimator == "full":
+        if models.reference.groups.layout != models.policy.groups.layout:
+            raise ConfigError(
+                'ppo.kl_estimator "full" compares whole distributions on one rank: set parallel.reference equal to parallel.policy'
+            )
+        kl = full_kl(models.policy, models.reference, rollout, tokens_per_microbatch=limit)
+    values = token_values(models.critic, rollout, tokens_per_microbatch=limit)
+    scaler = scaler.update(scores)
+    scaled = penalise_unfinished(scaler.apply(scores, config), rollout.finished, config)
+    tokens = token_experience(
+        scaled,
+        logprobs,
+        ref_logprobs,
+        values,
+        mask,
+        kl_coef=kl_coef,
+        kl_estimator=config.kl_estimator,
+        gamma=config.gamma,
+        lam=config.lam,
+        step_rewards=step_rewards,
+        kl=kl,
+    )
+    result = Experience(
+        rollout=rollout,
+        scores=scores,
+        logprobs=logprobs,
+        old_logprobs=ref_logprobs if config.importance_sampling else logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        kl=tokens.kl,
+        token_rewards=tokens.rewards,
+        advantages=tokens.advantages,
+        returns=tokens.returns,
+    )
+    return result, scaler
+
+
+def policy_logprobs(rollout: Rollout, policy: Role, config: PpoConfig, tokens_per_microbatch: int) -> Tensor:
+    """[B, T] log-probs of the policy that sampled: recomputed, or the sampler's own (ppo.old_logprobs)."""
+    if config.old_logprobs == "rollout":
+        return rollout.sampling_logprobs
+    return token_logprobs(policy, rollout, tokens_per_microbatch=tokens_per_microbatch)[0]
+
+
+def kept_tokens(rollout: Rollout, config: PpoConfig) -> Tensor:
+    """[B, T] bool: the response tokens that both losses train on (ppo.mask_no_eos leaves unfinished responses out)."""
+    if config.mask_no_eos:
+        return rollout.response_mask & rollout.finished[:, None]
+    return rollout.response_mask
+
+
+def summary(experience: Experience) -> dict[str, float]:
+    """Metrics of one rollout over the global batch (ppo_max.md section 3): one host sync."""
+    rollout, mask = experience.rollout, experience.rollout.response_mask
+    num_tokens = mask.sum()
+    lengths = mask.sum(1).float()
+    difference = (rollout.sampling_logprobs - experience.logprobs)[mask].abs()
+    mean_kl1 = (experience.logprobs - experience.ref_logprobs)[mask].mean()
+    nll, ref_nll = -experience.logprobs.sum() / num_tokens, -experience.ref_logprobs.sum() / num_tokens
+    residual = (experience.returns - experience.values)[mask]
+    returns = experience.returns[mask]
+    values = {
+        "reward": experience.scores.mean(),
+        "reward_std": experience.scores.std() if len(experience.scores) > 1 else experience.scores.new_zeros(()),
+        "kl": mean_kl1,
+        "kl_estimate": experience.kl[mask].mean(),
+        "response_length": lengths.mean(),
+        "response_length_max": lengths.max(),
+        "finished": rollout.finished.float().mean(),
+        "perplexity": nll.exp(),
+        "ref_perplexity": ref_nll.exp(),
+        "value_mean": experience.values[mask].mean(),
+        "return_mean": returns.mean(),
+        "advantage_mean": experience.advantages[mask].mean(),
+        "explained_variance": 1 - residual.var(correction=0) / returns.var(correction=0).clamp_min(1e-12),
+        "sampler_mismatch_mean": difference.mean(),
+        "sampler_mismatch_max": difference.max(),
+    }
+    return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))

@@ -1,0 +1,91 @@
+"""The losses of one optimizer step, as functions of one pack: weighted sums whose weights hold the global token count.
+
+Per-token inputs are flattened global tensors; `pack.index` picks those of the pack's rows. A token's weight decides which loss it is in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.config import PpoConfig
+from ppomax.engine.data.batches import Pack
+from ppomax.engine.models.roles import Role
+from ppomax.engine.ppo.scoring import head_logprobs
+from ppomax.kernels.policy_loss import policy_loss
+from ppomax.kernels.value_loss import value_loss
+
+POLICY_METRICS = (
+    "policy_loss",
+    "clip_fraction",
+    "approx_kl",
+    "mean_ratio",
+    "dual_clip_fraction",
+    "entropy",
+    "ptx_loss",
+)
+VALUE_METRICS = ("value_loss", "value_clip_fraction")
+
+
+@dataclass(frozen=True)
+class PolicyTargets:
+    """Flattened per-token inputs of the policy's loss, [K] float32 for K = B * T plus the positions of ptx tokens.
+
+    weights: 1 / kept response tokens of the global minibatch, or 0. ptx_weights: 1 / ptx tokens of the step, or 0.
+    entropy_sign: -1 for a bonus on entropy, +1 for a penalty (the thresholded bonus above its target).
+    """
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    ptx_weights: Tensor
+    entropy_sign: float
+
+
+class PolicyObjective:
+    """Eq. 15 (or 14) plus entropy bonus plus Eq. 17's language-model term; see `parallel.pipeline.LossFunction`."""
+
+    def __init__(self, policy: Role, targets: PolicyTargets, config: PpoConfig) -> None:
+        self.policy, self.targets, self.config = policy, targets, config
+
+    def __call__(self, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        targets, config = self.targets, self.config
+        logprobs, entropy = head_logprobs(self.policy, hidden, pack.labels)
+        weights = targets.weights[pack.index]
+        surrogate = policy_loss(
+            logprobs,
+            targets.old_logprobs[pack.index],
+            targets.advantages[pack.index],
+            weights,
+            clip=config.policy_clip,
+            dual_clip=config.dual_clip,
+            objective=config.objective,
+            penalty_beta=config.penalty_beta,
+        )
+        mean_entropy = (entropy * weights).sum()
+        ptx_loss = -(logprobs * targets.ptx_weights[pack.index]).sum()
+        loss = surrogate.loss
+        if config.entropy_coef > 0:
+            loss = loss + targets.entropy_sign * config.entropy_coef * mean_entropy
+        if config.ptx_coef > 0:
+            loss = loss + config.ptx_coef * ptx_loss
+        metrics = [*surrogate, mean_entropy, ptx_loss]
+        return loss, torch.stack([metric.detach().float() for metric in metrics])
+
+
+class ValueObjective:
+    """Eq. 16, clipped around the old values, times ppo.value_coef."""
+
+    def __init__(self, critic: Role, old_values: Tensor, returns: Tensor, weights: Tensor, config: PpoConfig) -> None:
+        self.critic, self.config = critic, config
+        self.old_values, self.returns, self.weights = old_values, returns, weights
+
+    def __call__(self, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        result = value_loss(
+            self.critic.stage.scalars(hidden),
+            self.old_values[pack.index],
+            self.returns[pack.index],
+            self.weights[pack.index],
+            clip=self.config.value_clip,
+        )
+        return self.config.value_coef * result.loss, torch.stack([metric.detach().float() for metric in result])

@@ -1,0 +1,160 @@
+"""The optimizer steps of one iteration: epochs and minibatches over the experience, policy and critic together.
+
+A minibatch is a list of sequences of the global batch; every rank knows all of them, so weights and whitening need no collective.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.config import OptimConfig, PpoConfig
+from ppomax.engine.data.batches import Rows, response_rows, unpad
+from ppomax.engine.data.datasets import DialogueRow
+from ppomax.engine.models.roles import Role, role_packs
+from ppomax.engine.parallel.pipeline import run_forward_backward
+from ppomax.engine.ppo.experience import kept_tokens
+from ppomax.engine.ppo.losses import POLICY_METRICS, VALUE_METRICS, PolicyObjective, PolicyTargets, ValueObjective
+from ppomax.engine.ppo.scoring import token_logprobs
+from ppomax.engine.ppo.types import Experience, Rollout
+from ppomax.engine.steps import StepCounter, apply_gradients, dialogue_rows, zero_gradients
+from ppomax.kernels.whiten import whiten
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What every optimizer step needs besides the data."""
+
+    ppo: PpoConfig
+    optim: OptimConfig
+    tokens_per_microbatch: int
+
+
+def update(
+    policy: Role | None,
+    critic: Role,
+    experience: Experience,
+    ptx: Iterator[Sequence[DialogueRow]] | None,
+    settings: UpdateSettings,
+    counter: StepCounter,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Trains on one rollout; policy None trains the critic alone (critic pre-training).
+
+    ptx: batches of dialogues for Eq. 17, one per optimizer step. generator: draws the minibatches.
+    Returns the means of the metrics over the applied steps. Collective over all ranks of the roles.
+    """
+    config = settings.ppo
+    collected: list[dict[str, float]] = []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(experience.scores), generator=generator)
+        for members in order.split(config.minibatch_size):
+            batch = take(experience, members)
+            dialogues = next(ptx) if ptx is not None else ()
+            stats = _step(policy, critic, batch, dialogues, settings, counter)
+            if stats is None:
+                return _means(collected)
+            collected.append(stats)
+    return _means(collected)
+
+
+def _step(
+    policy: Role | None,
+    critic: Role,
+    batch: Experience,
+    dialogues: Sequence[DialogueRow],
+    settings: UpdateSettings,
+    counter: StepCounter,
+) -> dict[str, float] | None:
+    """One optimizer step on one minibatch; None where ppo.target_kl ends the epochs before it."""
+    config, optim = settings.ppo, settings.optim
+    mask = kept_tokens(batch.rollout, config)
+    weights = mask.float() / mask.sum().clamp_min(1)
+    stats: dict[str, float] = {}
+    trained = [(critic, optim.critic_lr)]
+    if policy is not None:
+        trained.insert(0, (policy, optim.lr))
+        stats |= _policy_gradients(policy, batch, mask, weights, dialogues, settings)
+        if config.target_kl is not None and stats["approx_kl"] > config.target_kl:
+            return None
+    stats |= _critic_gradients(critic, batch, weights, settings)
+    return apply_gradients(trained, stats, optim, counter)
+
+
+def _policy_gradients(
+    policy: Role,
+    batch: Experience,
+    mask: Tensor,
+    weights: Tensor,
+    dialogues: Sequence[DialogueRow],
+    settings: UpdateSettings,
+) -> dict[str, float]:
+    config = settings.ppo
+    advantages = prepare_advantages(batch.advantages, mask, config)
+    sequences, rows = _minibatch_rows(batch.rollout, mask)
+    num_columns, device = mask.numel(), mask.device
+    ptx_sequences, ptx_rows, num_ptx = dialogue_rows(dialogues, first_index=num_columns)
+    rows = Rows([*rows.rows, *ptx_rows.rows], [*rows.labels, *ptx_rows.labels], [*rows.index, *ptx_rows.index])
+    padding = torch.zeros(num_ptx, device=device)
+    targets = PolicyTargets(
+        old_logprobs=torch.cat([batch.old_logprobs.flatten(), padding]),
+        advantages=torch.cat([advantages.flatten(), padding]),
+        weights=torch.cat([weights.flatten(), padding]),
+        ptx_weights=torch.cat([torch.zeros(num_columns, device=device), padding + 1 / max(1, num_ptx)]),
+        entropy_sign=_entropy_sign(policy, batch, weights, settings),
+    )
+    packs = role_packs(policy, [*sequences, *ptx_sequences], rows, settings.tokens_per_microbatch)
+    zero_gradients(policy)
+    objective = PolicyObjective(policy, targets, config)
+    sums = run_forward_backward(policy.module, policy.groups, packs, objective, len(POLICY_METRICS)).tolist()
+    return dict(zip(("policy_objective", *POLICY_METRICS), sums, strict=True))
+
+
+def _critic_gradients(critic: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> dict[str, float]:
+    sequences, rows = _minibatch_rows(batch.rollout, weights > 0)
+    packs = role_packs(critic, sequences, rows, settings.tokens_per_microbatch)
+    objective = ValueObjective(critic, batch.values.flatten(), batch.returns.flatten(), weights.flatten(), settings.ppo)
+    zero_gradients(critic)
+    sums = run_forward_backward(critic.module, critic.groups, packs, objective, len(VALUE_METRICS)).tolist()
+    return dict(zip(VALUE_METRICS, sums[1:], strict=True)) | {"value_objective": sums[0]}
+
+
+def prepare_advantages(advantages: Tensor, mask: Tensor, config: PpoConfig) -> Tensor:
+    """[B, T] advantages of one minibatch after ppo.advantage_norm and ppo.advantage_clip (P p.14: norm, then clip)."""
+    if config.advantage_norm:
+        advantages = whiten(advantages, mask)
+    if config.advantage_clip is not None:
+        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+    return advantages
+
+
+def _entropy_sign(policy: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> float:
+    """The sign of d |mean entropy - target| / d entropy: one more forward pass, only where ppo.entropy_target is set."""
+    target = settings.ppo.entropy_target
+    if target is None:
+        return -1.0
+    _, entropy = token_logprobs(policy, batch.rollout, tokens_per_microbatch=settings.tokens_per_microbatch)
+    return 1.0 if float((entropy * weights).sum()) > target else -1.0
+
+
+def _minibatch_rows(rollout: Rollout, mask: Tensor) -> tuple[list[Tensor], Rows]:
+    tokens = rollout.tokens.cpu()
+    return unpad(tokens, rollout.lengths.cpu()), response_rows(tokens, mask.cpu())
+
+
+def take(experience: Experience, members: Tensor) -> Experience:
+    """The experience of some sequences of the batch."""
+    index = members.to(experience.scores.device)
+    rollout = Rollout(**{name: value[index] for name, value in vars(experience.rollout).items()})
+    rest = {name: value[index] for name, value in vars(experience).items() if name != "rollout"}
+    return Experience(rollout=rollout, **rest)
+
+
+def _means(collected: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = {name for stats in collected for name in stats}
+    means = {
+        name: sum(stats[name] for stats in collected if name in stats) / sum(name in stats for stats in collected)
+        for name in sorted(names)
+    }
+    return means | {"optimizer_steps": float(len(collected))}

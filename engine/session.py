@@ -1,0 +1,80 @@
+"""What every stage needs before its own work: device, process groups, tokenizer, template, log; and a clean end."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ppomax.engine.checkpoint import find_checkpoint
+from ppomax.engine.config import RunConfig
+from ppomax.engine.data.chat import Template, make_template
+from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
+from ppomax.engine.errors import ConfigError
+from ppomax.engine.metrics import RunLog
+from ppomax.engine.models.hf_checkpoint import save_hf
+from ppomax.engine.models.roles import Role, role_groups
+from ppomax.engine.models.shape import ModelShape
+from ppomax.engine.models.transformer import DTYPES
+from ppomax.engine.parallel.collectives import raise_on_all
+from ppomax.engine.parallel.device import start, stop
+from ppomax.engine.parallel.groups import RoleGroups
+
+
+@dataclass(frozen=True)
+class Session:
+    """One stage on this rank. resume: the checkpoint to go on from, if any."""
+
+    config: RunConfig
+    device: torch.device
+    groups: dict[str, RoleGroups]
+    tokenizer: Tokenizer
+    template: Template
+    log: RunLog
+    resume: Path | None
+
+
+@contextlib.contextmanager
+def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> Iterator[Session]:
+    """Starts a stage and leaves the process group at its end. tokenizer_source: the model folder that has the tokenizer."""
+    device = start(config.parallel.timeout_seconds)
+    try:
+        groups = role_groups(config)
+        path = config.model.tokenizer or tokenizer_source
+        if not path:
+            raise ConfigError("no tokenizer: set model.tokenizer to a tokenizer folder or file")
+        tokenizer = load_tokenizer(path)
+        template = make_template(config.data, tokenizer)
+        resume = find_checkpoint(config.checkpoint.resume, checkpoint_folder(config))
+        with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
+            log = RunLog(config, command, is_writer=dist.get_rank() == 0, resumed=resume is not None)
+        yield Session(config, device, groups, tokenizer, template, log, resume)
+    finally:
+        stop()
+
+
+def checkpoint_folder(config: RunConfig) -> str:
+    return str(Path(config.train.output) / "checkpoints")
+
+
+def export(session: Session, role: Role, name: str, *, shape: ModelShape | None = None) -> str:
+    """Writes a role as a Hugging Face folder train.output/`name`. Collective over the role's ranks."""
+    folder = str(Path(session.config.train.output) / name)
+    save_hf(
+        role.stage,
+        shape or role.shape,
+        role.groups,
+        folder,
+        dtype=DTYPES[session.config.model.dtype],
+        tokenizer=session.tokenizer,
+    )
+    session.log.say(f"wrote {folder}")
+    return folder
+
+
+def generator_state(generator: torch.Generator) -> list[int]:
+    """A generator's state as JSON can hold it."""
+    return json.loads(json.dumps(generator.get_state().tolist()))

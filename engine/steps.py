@@ -1,0 +1,102 @@
+"""One optimizer step, shared by all stages: gradients of a language-model loss, the non-finite guard, clip, learning rate."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.config import OptimConfig
+from ppomax.engine.data.batches import Pack, Rows
+from ppomax.engine.data.datasets import DialogueRow
+from ppomax.engine.errors import DivergedError
+from ppomax.engine.models.roles import Role, role_packs
+from ppomax.engine.optim import clip_and_step, learning_rate_factor, set_learning_rate
+from ppomax.engine.parallel.pipeline import run_forward_backward
+from ppomax.engine.ppo.scoring import head_logprobs
+
+
+@dataclass
+class StepCounter:
+    """Optimizer steps done of num_steps, those skipped in a row because a number was not finite, and where to go back to."""
+
+    step: int
+    num_steps: int
+    max_skipped: int
+    skipped: int = 0
+    last_good: str = "none"
+
+    def record(self, *, applied: bool, what: str) -> None:
+        """Counts one step; raises DivergedError after more than max_skipped skipped ones in a row."""
+        self.step += 1
+        self.skipped = 0 if applied else self.skipped + 1
+        if self.skipped > self.max_skipped:
+            raise DivergedError(
+                f"optimizer step {self.step}: {what} ({self.skipped} in a row, train.max_skipped_steps = {self.max_skipped}); "
+                f"no weight was changed by it. Last good checkpoint: {self.last_good}. "
+                "Lower the learning rate (or raise ppo.kl_coef) and resume from that checkpoint"
+            )
+
+
+def apply_gradients(
+    trained: Sequence[tuple[Role, float]], stats: Mapping[str, float], optim: OptimConfig, counter: StepCounter
+) -> dict[str, float]:
+    """Steps every (role, peak learning rate) unless a loss in `stats` or a gradient norm is not finite, which is counted.
+
+    Returns stats with the gradient norm(s) before clipping and the first role's learning rate. Raises DivergedError.
+    Collective over all ranks of the roles.
+    """
+    factor = learning_rate_factor(optim, counter.step, counter.num_steps)
+    optimizers = []
+    for role, peak in trained:
+        assert role.optimizer is not None
+        set_learning_rate(role.optimizer, peak * factor)
+        optimizers.append(role.optimizer)
+    bad = [name for name, value in stats.items() if not math.isfinite(value)]
+    joint = optim.joint_grad_clip or len(trained) == 1
+    norms = None if bad else clip_and_step(optimizers, max_norm=optim.grad_clip, joint=joint)
+    what = f"{bad[0]} is {stats[bad[0]]}" if bad else "a gradient is not finite"
+    counter.record(applied=norms is not None, what=what)
+    names = ["grad_norm"] if joint else [f"grad_norm_{role.name}" for role, _ in trained]
+    return {
+        **stats,
+        **dict(zip(names, norms or (), strict=False)),
+        "learning_rate": trained[0][1] * factor,
+        "skipped_steps": float(counter.skipped),
+    }
+
+
+def language_model_gradients(role: Role, dialogues: Sequence[DialogueRow], tokens_per_microbatch: int) -> float:
+    """Gradients of the mean negative log-likelihood per learned token; returns it, nats. Collective over the role's ranks."""
+    sequences, rows, count = dialogue_rows(dialogues)
+    packs = role_packs(role, sequences, rows, tokens_per_microbatch)
+    zero_gradients(role)
+
+    def loss(hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        value = -head_logprobs(role, hidden, pack.labels)[0].sum() / max(1, count)
+        return value, value.new_zeros(0)
+
+    return float(run_forward_backward(role.module, role.groups, packs, loss, 0)[0])
+
+
+def dialogue_rows(dialogues: Sequence[DialogueRow], *, first_index: int = 0) -> tuple[list[Tensor], Rows, int]:
+    """Sequences, rows and the number of learned tokens of dialogues; their results go to first_index and on."""
+    sequences, rows, labels, index = [], [], [], []
+    count = 0
+    for dialogue in dialogues:
+        tokens = torch.tensor(dialogue.tokens, dtype=torch.int64)
+        learned = torch.tensor(dialogue.loss_mask, dtype=torch.bool)[1:].nonzero().squeeze(1)
+        sequences.append(tokens)
+        rows.append(learned)
+        labels.append(tokens[learned + 1])
+        index.append(first_index + count + torch.arange(learned.numel()))
+        count += learned.numel()
+    return sequences, Rows(rows, labels, index), count
+
+
+def zero_gradients(role: Role) -> None:
+    """Clears the gradient buffers of a trained role."""
+    assert role.optimizer is not None
+    role.module.zero_grad_buffer()
+    role.optimizer.zero_grad()

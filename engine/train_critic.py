@@ -1,0 +1,82 @@
+"""Critic pre-training (P p.15-16): the policy is frozen and sampled from, the critic learns the returns of PPO's own rewards."""
+
+import torch
+
+from ppomax.engine.checkpoint import load_checkpoint, save_checkpoint
+from ppomax.engine.config import RunConfig
+from ppomax.engine.data.datasets import load_prompts
+from ppomax.engine.models.roles import load_critic, load_role
+from ppomax.engine.ppo.experience import Models, make_experience, summary
+from ppomax.engine.ppo.rewards import RewardScaler
+from ppomax.engine.ppo.update import UpdateSettings, update
+from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.session import checkpoint_folder, export, open_session
+from ppomax.engine.steps import StepCounter
+
+
+def run(config: RunConfig) -> None:
+    """Trains a critic until critic.stop_loss or train.steps rollouts; writes train.output/hf, a scalar model."""
+    with open_session(config, "critic", tokenizer_source=config.model.policy) as session:
+        prompts = load_prompts(
+            config.data,
+            config.data.train,
+            session.template,
+            max_prompt_tokens=config.data.max_length - config.sampling.max_new_tokens,
+        )
+        session.log.say(f"data.train: {prompts.summary()}")
+        groups, ppo = session.groups, config.ppo
+        policy = load_role("policy", config.model.policy, config, groups["policy"])
+        reference = policy
+        if config.model.reference not in ("", config.model.policy):
+            reference = load_role("reference", config.model.reference, config, groups["reference"])
+        reward = load_role("reward", config.model.reward, config, groups["reward"], scalar=True)
+        critic = load_critic(config, groups["critic"])
+        models = Models(policy, critic, reference, reward)
+        # There is no older critic to stay near: its own values of this rollout would only slow it down.
+        settings = UpdateSettings(
+            ppo.model_copy(update={"value_clip": None}), config.optim, config.train.tokens_per_microbatch
+        )
+        steps_per_rollout = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
+        counter = StepCounter(0, config.train.steps * steps_per_rollout, config.train.max_skipped_steps)
+        scaler, step = RewardScaler(), 0
+        if session.resume:
+            state = load_checkpoint(session.resume, {"critic": critic})
+            step, counter.step, scaler = state["step"], state["optimizer_step"], RewardScaler(**state["scaler"])
+            counter.last_good = str(session.resume)
+        order = prompts.order(config.train.seed)
+        while step < config.train.steps:
+            rows = prompts.take(order, step * ppo.rollout_size, ppo.rollout_size)
+            rollout = generate(
+                policy,
+                [row.tokens for row in rows],
+                config.sampling,
+                seeds=request_seeds(config.train.seed, step, len(rows)),
+                eos_id=session.tokenizer.eos_id,
+                pad_id=session.tokenizer.pad_id,
+                max_length=config.data.max_length,
+            )
+            experience, scaler = make_experience(
+                rollout,
+                models,
+                scaler,
+                kl_coef=ppo.kl_coef,
+                config=ppo,
+                tokens_per_microbatch=config.train.tokens_per_microbatch,
+            )
+            generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
+            stats = update(None, critic, experience, None, settings, counter, generator)
+            step += 1
+            session.log.step(step, config.train.steps, summary(experience) | stats)
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
+                folder = checkpoint_folder(config)
+                counter.last_good = str(
+                    save_checkpoint(folder, step, {"critic": critic}, state, keep=config.checkpoint.keep)
+                )
+            if stats["value_loss"] < config.critic.stop_loss:
+                session.log.say(
+                    f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"
+                )
+                break
+        session.log.write_json("reward_moments.json", vars(scaler))
+        export(session, critic, "hf")

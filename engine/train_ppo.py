@@ -1,0 +1,154 @@
+"""PPO-max: sample, score, update, and now and then evaluate on held-out prompts."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ppomax.engine.checkpoint import load_checkpoint, save_checkpoint
+from ppomax.engine.config import RunConfig
+from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
+from ppomax.engine.models.roles import load_critic, load_role
+from ppomax.engine.ppo.evaluation import evaluate_policy
+from ppomax.engine.ppo.experience import Models, make_experience, summary
+from ppomax.engine.ppo.rewards import KlController, RewardScaler
+from ppomax.engine.ppo.update import UpdateSettings, update
+from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.session import Session, checkpoint_folder, export, open_session
+from ppomax.engine.steps import StepCounter
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a resumed run needs besides weights and optimizers. Data order and noise are functions of seed and step alone.
+
+    step: finished iterations. optimizer_step: steps of the learning-rate schedule. ptx_position: dialogues drawn.
+    """
+
+    step: int
+    optimizer_step: int
+    ptx_position: int
+    scaler: RewardScaler
+    kl: KlController
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "TrainState":
+        scaler, kl = RewardScaler(**content["scaler"]), KlController(**content["kl"])
+        return TrainState(**{**content, "scaler": scaler, "kl": kl})
+
+
+def run(config: RunConfig) -> None:
+    """Trains policy and critic; writes train.output/hf (the policy) and train.output/critic_hf."""
+    with open_session(config, "ppo", tokenizer_source=config.model.policy) as session:
+        ppo, train = config.ppo, config.train
+        prompts = _prompts(session, config.data.train)
+        held_out = _prompts(session, config.data.eval).rows[: config.monitor.eval_size] if config.data.eval else ()
+        session.log.say(f"data.train: {prompts.summary()}")
+        models = load_models(session)
+        settings = UpdateSettings(ppo, config.optim, train.tokens_per_microbatch)
+        steps_per_iteration = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
+        counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
+        state = TrainState(0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
+        trained = {"policy": models.policy, "critic": models.critic}
+        if session.resume:
+            state = TrainState.from_json(load_checkpoint(session.resume, trained))
+            counter.step, counter.last_good = state.optimizer_step, str(session.resume)
+        order = prompts.order(train.seed)
+        ptx = PtxBatches(session) if config.data.ptx and ppo.ptx_coef > 0 else None
+        if ptx is not None:
+            ptx.position = state.ptx_position
+        if held_out and state.step == 0:
+            _evaluate(session, models, held_out, 0)
+        while state.step < train.steps:
+            rows = prompts.take(order, state.step * ppo.rollout_size, ppo.rollout_size)
+            rollout = generate(
+                models.policy,
+                [row.tokens for row in rows],
+                config.sampling,
+                seeds=request_seeds(train.seed, state.step, len(rows)),
+                eos_id=session.tokenizer.eos_id,
+                pad_id=session.tokenizer.pad_id,
+                max_length=config.data.max_length,
+            )
+            experience, scaler = make_experience(
+                rollout,
+                models,
+                state.scaler,
+                kl_coef=state.kl.coef,
+                config=ppo,
+                tokens_per_microbatch=train.tokens_per_microbatch,
+            )
+            generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.step)
+            stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
+            metrics = summary(experience) | stats | {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}
+            state = replace(
+                state,
+                step=state.step + 1,
+                optimizer_step=counter.step,
+                ptx_position=ptx.position if ptx is not None else 0,
+                scaler=scaler,
+                kl=state.kl.update(metrics["kl"], len(rows), ppo),
+            )
+            session.log.step(state.step, train.steps, metrics)
+            is_last = state.step == train.steps
+            if held_out and (is_last or (config.monitor.eval_every and state.step % config.monitor.eval_every == 0)):
+                _evaluate(session, models, held_out, state.step)
+            if config.checkpoint.every and state.step % config.checkpoint.every == 0:
+                folder = checkpoint_folder(config)
+                path = save_checkpoint(folder, state.step, trained, state.to_json(), keep=config.checkpoint.keep)
+                counter.last_good = str(path)
+        export(session, models.policy, "hf")
+        export(session, models.critic, "critic_hf")
+
+
+def load_models(session: Session) -> Models:
+    """The four roles as the configuration places them."""
+    config, groups = session.config, session.groups
+    policy_folder = config.model.policy
+    return Models(
+        policy=load_role("policy", policy_folder, config, groups["policy"], trained=True, eps=config.optim.eps),
+        critic=load_critic(config, groups["critic"]),
+        reference=load_role("reference", config.model.reference or policy_folder, config, groups["reference"]),
+        reward=load_role("reward", config.model.reward, config, groups["reward"], scalar=True),
+    )
+
+
+class PtxBatches(Iterator[list[DialogueRow]]):
+    """Batches of dialogues for Eq. 17, ptx_ratio per response of a minibatch; `position` is what a resume needs."""
+
+    def __init__(self, session: Session) -> None:
+        config = session.config
+        self.dataset = load_dialogues(config.data, config.data.ptx, session.template)
+        self.order = self.dataset.order(config.train.seed)
+        self.size = max(1, round(config.ppo.ptx_ratio * config.ppo.minibatch_size))
+        self.position = 0
+        session.log.say(f"data.ptx: {self.dataset.summary()}")
+
+    def __next__(self) -> list[DialogueRow]:
+        rows = self.dataset.take(self.order, self.position, self.size)
+        self.position += self.size
+        return rows
+
+
+def _prompts(session: Session, sources: Any) -> Dataset[PromptRow]:
+    limit = session.config.data.max_length - session.config.sampling.max_new_tokens
+    return load_prompts(session.config.data, sources, session.template, max_prompt_tokens=limit)
+
+
+def _evaluate(session: Session, models: Models, prompts: tuple[PromptRow, ...], step: int) -> None:
+    """Held-out evaluation: a line of metrics.jsonl and samples_N.jsonl."""
+    result = evaluate_policy(
+        models.policy,
+        models.reward,
+        models.reference,
+        prompts,
+        session.config,
+        session.tokenizer,
+        session.template,
+    )
+    session.log.evaluation(step, result.metrics)
+    session.log.write_lines(f"samples_{step:06d}.jsonl", result.samples[: session.config.monitor.num_samples])
