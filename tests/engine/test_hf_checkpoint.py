@@ -485,6 +485,15 @@ def test_an_export_replaces_an_earlier_one_only(llama: Path, groups: RoleGroups,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
 
 
+def test_exported_weights_are_readable_by_whom_the_umask_allows(
+    llama: Path, groups: RoleGroups, tmp_path: Path
+) -> None:
+    model = load(llama, groups)
+    save_hf(model, model.shape, groups, str(tmp_path / "out"), dtype=torch.float32)
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
 def test_a_failed_export_leaves_the_earlier_one(
     llama: Path, groups: RoleGroups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
