@@ -110,8 +110,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Copies the tokenizer's files into a Hugging Face folder, so that AutoTokenizer.from_pretrained loads it.
 
-        Ids agree with transformers for a sentencepiece model without text normalisation (LLaMA's: BPE, identity,
-        remove_extra_whitespaces=False); transformers' LlamaTokenizer knows no other.
+        transformers' LlamaTokenizer knows only sentencepiece models without text normalisation (as LLaMA's: BPE,
+        identity, remove_extra_whitespaces=False). Its ids are the same but for a text that starts with a space.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
