@@ -43,11 +43,10 @@ def filtered(scores: Tensor, *, top_k: int, top_p: float) -> Tensor:
     if top_k == 0 and top_p == 1:
         return scores
     descending, order = scores.sort(dim=1, descending=True, stable=True)  # equal scores stay in the order of their ids
-    rank = torch.arange(scores.shape[1], device=scores.device)
     if top_k > 0:
-        descending = torch.where(rank < top_k, descending, -torch.inf)
+        descending[:, top_k:] = -torch.inf
     if top_p < 1:
         probabilities = descending.double().softmax(dim=1)
         likelier = probabilities.cumsum(dim=1) - probabilities
-        descending = torch.where((likelier < top_p) | (rank == 0), descending, -torch.inf)
+        descending = torch.where(likelier < top_p, descending, -torch.inf)  # the first has 0 before it and stays
     return torch.empty_like(scores).scatter_(1, order, descending)

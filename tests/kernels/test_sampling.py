@@ -240,6 +240,12 @@ def test_filters_keep_what_a_loop_keeps(scores: list[float], top_k: int, top_p: 
         assert out[token].item() == (score if token in kept else -math.inf)
 
 
+def test_filters_take_the_lower_ids_of_many_equals() -> None:
+    row = torch.zeros(1, 1000)
+    assert filtered(row, top_k=7, top_p=1.0)[0].isfinite().nonzero().flatten().tolist() == list(range(7))
+    assert filtered(row, top_k=0, top_p=0.0045)[0].isfinite().nonzero().flatten().tolist() == list(range(5))
+
+
 def test_wrong_arguments_are_named() -> None:
     logits = torch.zeros(2, 5)
     for changes in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"repetition_penalty": 0.0}):
