@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
@@ -39,6 +40,8 @@ STAGES = {
 TOOLS = {
     "convert": "Hugging Face folders to Megatron checkpoints and back",
     "quickstart": "all five stages on a small embedded data set",
+    "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
+    "prepare-data": "split a preference file, train a tokenizer on it",
     "help": "this text, or `help SECTION`, `help SECTION.FIELD`, `help exit-codes`",
     "version": "versions of ppomax and what it runs on",
 }
@@ -75,6 +78,8 @@ def exit_codes() -> str:
 
 
 def _dispatch(argv: list[str]) -> None:
+    # megatron-core reports at import each optional accelerator that it does without.
+    warnings.filterwarnings("ignore", module="megatron")
     command, *rest = argv or ["help"]
     if command in ("-h", "--help"):
         command = "help"
@@ -88,6 +93,14 @@ def _dispatch(argv: list[str]) -> None:
         from ppomax.tools.quickstart import main as quickstart
 
         quickstart(rest)
+    elif command == "recipe":
+        from ppomax.tools.recipe import main as recipe
+
+        recipe(rest)
+    elif command == "prepare-data":
+        from ppomax.tools.prepare_data import main as prepare_data
+
+        prepare_data(rest)
     elif command == "help":
         print(_help(rest))
     elif command in ("version", "--version"):

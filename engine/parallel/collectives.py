@@ -1,31 +1,31 @@
-# TODO(author of engine/checkpoint.py): the first version of this file was overwritten by accident by the rollout helper;
-# this is a reconstruction from its use in checkpoint.py. Put your own version back.
-"""Failing together: an error on one rank becomes an error on every rank."""
+"""Failing together: an error on one rank becomes an error on every rank, so that nobody is left waiting."""
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
-from ppomax.engine.errors import PpomaxError
+from ppomax.engine.errors import PeerFailedError, PpomaxError
 
 
-@contextmanager
-def raise_on_all(error_type: type[PpomaxError], message: str) -> Iterator[None]:
-    """If the block fails on any rank, raises on every rank: a PpomaxError as it is, anything else as error_type with the message.
+@contextlib.contextmanager
+def raise_on_all(kind: type[PpomaxError], what: str) -> Iterator[None]:
+    """If the body fails on any rank, it fails on every rank. Collective over the world.
 
-    Every rank of the world must enter and leave it.
+    Where the body raised: that error (an OSError becomes `kind` with `what`); elsewhere: PeerFailedError.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    texts: list[str | None] = [None] * dist.get_world_size()
-    text = None if failure is None else str(failure) or type(failure).__name__
-    dist.all_gather_object(texts, text)
-    if isinstance(failure, PpomaxError):
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    failed = torch.tensor([float(failure is not None)], device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if isinstance(failure, OSError):
+        raise kind(f"{what}: {failure}") from failure
+    if failure is not None:
         raise failure
-    for rank, found in enumerate(texts):
-        if found is not None:
-            raise error_type(f"{message}: {found} (rank {rank})") from failure
+    if failed.item():
+        raise PeerFailedError(f"{what}: it failed on another rank; see that rank's message")

@@ -146,7 +146,7 @@ def _minibatch_rows(rollout: Rollout, mask: Tensor) -> tuple[list[Tensor], Rows]
 def take(experience: Experience, members: Tensor) -> Experience:
     """The experience of some sequences of the batch."""
     index = members.to(experience.scores.device)
-    rollout = Rollout(**{name: value[index] for name, value in vars(experience.rollout).items()})
+    rollout = Rollout(**{name: value[index] for name, value in vars(experience.rollout).items() if value is not None})
     rest = {name: value[index] for name, value in vars(experience).items() if name != "rollout"}
     return Experience(rollout=rollout, **rest)
 
