@@ -2,7 +2,8 @@
 
 from setuptools import setup
 
-# No __init__.py in these folders: a root `kernels/__init__.py` would shadow Hugging Face's `kernels` package and break transformers.
+# No __init__.py in these folders: a root `kernels/__init__.py` would shadow Hugging Face's `kernels` package and
+# break transformers.
 FOLDERS = (
     "kernels",
     "engine",

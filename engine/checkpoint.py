@@ -1,7 +1,8 @@
 """Checkpoints of a running stage: models and optimizers through Megatron's distributed checkpoints, the rest as JSON.
 
-A checkpoint is a folder `step_N` with one distributed checkpoint per trained role and `state.json`. It is written beside its final name
-and renamed when it is whole, so a folder with that name is always complete. Any layout can load what another one saved.
+A checkpoint is a folder `step_N` with one distributed checkpoint per trained role and `state.json`. It is written
+beside its final name and renamed when it is whole, so a folder with that name is always complete. Any layout can load
+what another one saved.
 """
 
 import json
@@ -55,7 +56,9 @@ def save_checkpoint(folder: str, step: int, roles: Mapping[str, Role], state: Ma
 
 
 def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, Any]:
-    """Fills the roles' weights and optimizers from a checkpoint of any layout; returns its state. Collective over all ranks."""
+    """Fills the roles' weights and optimizers from a checkpoint of any layout; returns its state. Collective over all
+    ranks.
+    """
     path = Path(path)
     with raise_on_all(CheckpointError, f"cannot load the checkpoint {path}"):
         content = _read_state(path)
@@ -123,7 +126,9 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's distributed-checkpoint metadata, which is a pickle, and refuses everything else that a pickle can do."""
+    """Reads torch's distributed-checkpoint metadata, which is a pickle, and refuses everything else that a pickle can
+    do.
+    """
 
     ALLOWED = re.compile(
         r"(torch\.distributed\.checkpoint\.(metadata|planner|filesystem)\.\w+"

@@ -1,6 +1,7 @@
 """The errors a user can meet, and the exit code each one ends the process with.
 
-Every message says what is wrong, where, what was expected and what to do. `engine/cli.py` prints it without a traceback.
+Every message says what is wrong, where, what was expected and what to do. `engine/cli.py` prints it without a
+traceback.
 """
 
 

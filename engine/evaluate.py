@@ -1,4 +1,6 @@
-"""Evaluation of a policy on held-out prompts with a reward model: metrics, every sample, and the rewards behind a histogram."""
+"""Evaluation of a policy on held-out prompts with a reward model: metrics, every sample, and the rewards behind a
+histogram.
+"""
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
@@ -8,7 +10,9 @@ from ppomax.engine.session import open_session
 
 
 def run(config: RunConfig) -> None:
-    """Samples a response to each prompt of data.eval and scores it; writes evaluation.json and samples.jsonl into train.output."""
+    """Samples a response to each prompt of data.eval and scores it; writes evaluation.json and samples.jsonl into
+    train.output.
+    """
     with open_session(config, "evaluate", tokenizer_source=config.model.policy) as session:
         limit = config.data.max_length - config.sampling.max_new_tokens
         prompts = load_prompts(config.data, config.data.eval, session.template, max_prompt_tokens=limit)

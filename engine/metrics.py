@@ -1,4 +1,6 @@
-"""What a run leaves behind: its folder with the resolved configuration, versions, metrics.jsonl, and the lines on the console."""
+"""What a run leaves behind: its folder with the resolved configuration, versions, metrics.jsonl, and the lines on the
+console.
+"""
 
 import json
 import os
@@ -34,7 +36,8 @@ class RunLog:
             return
         if (self.folder / "metrics.jsonl").exists() and not resumed:
             raise ConfigError(
-                f"train.output {self.folder} already holds a run; give another folder, remove it, or set checkpoint.resume=auto"
+                f"train.output {self.folder} already holds a run; give another folder, remove it, or set "
+                "checkpoint.resume=auto"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

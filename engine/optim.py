@@ -1,4 +1,6 @@
-"""The optimizer: our AdamW inside Megatron's distributed optimizer, the paper's schedules, and one clip over several models."""
+"""The optimizer: our AdamW inside Megatron's distributed optimizer, the paper's schedules, and one clip over several
+models.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,8 +22,8 @@ from ppomax.kernels.adamw import adamw_step
 class AdamW(torch.optim.Optimizer):
     """AdamW in the form that Megatron expects of apex's FusedAdam: one step count per group, no step in the state.
 
-    Megatron's fallback, torch's AdamW, keeps a step tensor per parameter, which its checkpoint loading ties together: a resumed
-    run then counts too many steps (docs/design.md, "Optimizer").
+    Megatron's fallback, torch's AdamW, keeps a step tensor per parameter, which its checkpoint loading ties together:
+    a resumed run then counts too many steps (docs/design.md, "Optimizer").
     """
 
     def __init__(
@@ -92,8 +94,9 @@ def make_optimizer(
 def clip_and_step(optimizers: Sequence[DistributedOptimizer], *, max_norm: float, joint: bool) -> list[float] | None:
     """One step of every optimizer after clipping by the joint norm of all gradients, or each by its own.
 
-    max_norm: largest L2 norm; 0 does not clip. Returns the norms before clipping (one, or one per optimizer), or None where one
-    is not finite: then no weight has changed. One host sync per optimizer. Collective over all ranks of the roles.
+    max_norm: largest L2 norm; 0 does not clip. Returns the norms before clipping (one, or one per optimizer), or None
+    where one is not finite: then no weight has changed. One host sync per optimizer. Collective over all ranks of the
+    roles.
     """
     for optimizer in optimizers:
         optimizer.prepare_grads()
@@ -122,8 +125,8 @@ def warmup_steps(config: OptimConfig, num_steps: int) -> int:
 def learning_rate_factor(config: OptimConfig, step: int, num_steps: int) -> float:
     """Fraction of the peak learning rate at optimizer step `step` (0 is the first) of num_steps.
 
-    inverse_sqrt as in the released code: max(step / warmup, 0.1), then sqrt(warmup / step). cosine (P p.11): linear warm-up, then
-    down to min_lr_ratio at the end. constant: linear warm-up, then 1.
+    inverse_sqrt as in the released code: max(step / warmup, 0.1), then sqrt(warmup / step). cosine (P p.11): linear
+    warm-up, then down to min_lr_ratio at the end. constant: linear warm-up, then 1.
     """
     warmup = warmup_steps(config, num_steps)
     if config.schedule == "inverse_sqrt":

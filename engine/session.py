@@ -39,7 +39,9 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> Iterator[Session]:
-    """Starts a stage and leaves the process group at its end. tokenizer_source: the model folder that has the tokenizer."""
+    """Starts a stage and leaves the process group at its end. tokenizer_source: the model folder that has the
+    tokenizer.
+    """
     device = start(config.parallel.timeout_seconds)
     try:
         groups = role_groups(config)

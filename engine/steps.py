@@ -1,4 +1,6 @@
-"""One optimizer step, shared by all stages: gradients of a language-model loss, the non-finite guard, clip, learning rate."""
+"""One optimizer step, shared by all stages: gradients of a language-model loss, the non-finite guard, clip, learning
+rate.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,9 @@ from ppomax.engine.ppo.scoring import head_logprobs
 
 @dataclass
 class StepCounter:
-    """Optimizer steps done of num_steps, those skipped in a row because a number was not finite, and where to go back to."""
+    """Optimizer steps done of num_steps, those skipped in a row because a number was not finite, and where to go back
+    to.
+    """
 
     step: int
     num_steps: int
@@ -33,7 +37,8 @@ class StepCounter:
         self.skipped = 0 if applied else self.skipped + 1
         if self.skipped > self.max_skipped:
             raise DivergedError(
-                f"optimizer step {self.step}: {what} ({self.skipped} in a row, train.max_skipped_steps = {self.max_skipped}); "
+                f"optimizer step {self.step}: {what} ({self.skipped} in a row, "
+                f"train.max_skipped_steps = {self.max_skipped}); "
                 f"no weight was changed by it. Last good checkpoint: {self.last_good}. "
                 "Lower the learning rate (or raise ppo.kl_coef) and resume from that checkpoint"
             )
@@ -42,7 +47,8 @@ class StepCounter:
 def apply_gradients(
     trained: Sequence[tuple[Role, float]], stats: Mapping[str, float], optim: OptimConfig, counter: StepCounter
 ) -> dict[str, float]:
-    """Steps every (role, peak learning rate) unless a loss in `stats` or a gradient norm is not finite, which is counted.
+    """Steps every (role, peak learning rate) unless a loss in `stats` or a gradient norm is not finite, which is
+    counted.
 
     Returns stats with the gradient norm(s) before clipping and the first role's learning rate. Raises DivergedError.
     Collective over all ranks of the roles.
@@ -68,7 +74,9 @@ def apply_gradients(
 
 
 def language_model_gradients(role: Role, dialogues: Sequence[DialogueRow], tokens_per_microbatch: int) -> float:
-    """Gradients of the mean negative log-likelihood per learned token; returns it, nats. Collective over the role's ranks."""
+    """Gradients of the mean negative log-likelihood per learned token; returns it, nats. Collective over the role's
+    ranks.
+    """
     sequences, rows, count = dialogue_rows(dialogues)
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
     zero_gradients(role)

@@ -1,4 +1,6 @@
-"""Critic pre-training (P p.15-16): the policy is frozen and sampled from, the critic learns the returns of PPO's own rewards."""
+"""Critic pre-training (P p.15-16): the policy is frozen and sampled from, the critic learns the returns of PPO's own
+rewards.
+"""
 
 import torch
 

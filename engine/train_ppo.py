@@ -21,7 +21,8 @@ from ppomax.engine.steps import StepCounter
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a resumed run needs besides weights and optimizers. Data order and noise are functions of seed and step alone.
+    """What a resumed run needs besides weights and optimizers. Data order and noise are functions of seed and step
+    alone.
 
     step: finished iterations. optimizer_step: steps of the learning-rate schedule. ptx_position: dialogues drawn.
     """

@@ -24,7 +24,9 @@ from ppomax.engine.steps import StepCounter, apply_gradients, zero_gradients
 
 
 def run(config: RunConfig) -> None:
-    """Trains a reward model on preference pairs, from a language model or from a reward model; writes train.output/hf."""
+    """Trains a reward model on preference pairs, from a language model or from a reward model; writes
+    train.output/hf.
+    """
     with open_session(config, "reward", tokenizer_source=config.model.policy) as session:
         dataset = load_pairs(config.data, config.data.train, session.template)
         held_out = load_pairs(config.data, config.data.eval, session.template).rows if config.data.eval else ()
@@ -95,7 +97,8 @@ def plan_batches(dataset: Dataset[PairRow], order: Order, config: RewardConfig, 
 
 
 def reward_gradients(model: Role, pairs: Sequence[PairRow], config: RunConfig) -> dict[str, float]:
-    """Gradients of Eq. 2 over a batch: mean of -log sigmoid(r_w - r_l), plus lm_coef times the NLL per token of the chosen response.
+    """Gradients of Eq. 2 over a batch: mean of -log sigmoid(r_w - r_l), plus lm_coef times the NLL per token of the
+    chosen response.
 
     Returns loss, ranking_loss, lm_loss and accuracy over the batch. Collective over the role's ranks.
     """
@@ -124,7 +127,8 @@ def reward_gradients(model: Role, pairs: Sequence[PairRow], config: RunConfig) -
 
 
 def _pair_rows(pairs: Sequence[PairRow], *, with_lm: bool) -> tuple[Rows, int]:
-    """Rows of the sequences (chosen, rejected, chosen, ...): the last token, and of chosen ones the tokens of the response.
+    """Rows of the sequences (chosen, rejected, chosen, ...): the last token, and of chosen ones the tokens of the
+    response.
 
     index: of a last token its sequence, of the others one past the last sequence.
     """

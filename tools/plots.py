@@ -40,15 +40,25 @@ def plot_recipe(output: Path) -> None:
         _curves(folder / f"{name}.png", ppo, keys, "PPO iteration", UNITS[name], held_out=extra)
     sft, reward, critic = (_records(output / name, name) for name in ("sft", "reward", "critic"))
     _curves(folder / "sft_loss.png", sft, ("loss",), "optimizer step", UNITS["sft_loss"])
-    _curves(folder / "reward_model_loss.png", reward, ("ranking_loss", "accuracy"), "optimizer step", UNITS["reward_model_loss"])
+    _curves(
+        folder / "reward_model_loss.png",
+        reward,
+        ("ranking_loss", "accuracy"),
+        "optimizer step",
+        UNITS["reward_model_loss"],
+    )
     _curves(folder / "critic_loss.png", critic, ("value_loss",), "rollout", UNITS["critic_loss"])
     scores = [
         [json.loads(line)["reward"] for line in (output / name / "samples.jsonl").read_text().splitlines()]
         for name in ("before", "after")
     ]
-    _histogram(folder / "scores.png", scores, ("before (SFT)", "after PPO-max"), "raw reward-model score, held-out prompts")
+    _histogram(
+        folder / "scores.png", scores, ("before (SFT)", "after PPO-max"), "raw reward-model score, held-out prompts"
+    )
     differences = json.loads((output / "reward" / "reward_eval.json").read_text())["differences"]
-    _histogram(folder / "preference_differences.png", [differences], ("held-out pairs",), "score of chosen minus rejected")
+    _histogram(
+        folder / "preference_differences.png", [differences], ("held-out pairs",), "score of chosen minus rejected"
+    )
 
 
 def _records(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """`ppomax prepare-data`: from one file of preference pairs to training and held-out files and a tokenizer.
 
-Pairs whose dialogues begin with the same human turn stay on one side of the split, so no held-out prompt is a training prompt.
+Pairs whose dialogues begin with the same human turn stay on one side of the split, so no held-out prompt is a
+training prompt.
 """
 
 import argparse
@@ -21,7 +22,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("input", help="HH-RLHF jsonl (also .gz), or the released code's list of pairs")
     parser.add_argument("output", type=Path, help="folder for train.jsonl, heldout.jsonl and tokenizer.model")
     parser.add_argument("--held-out", type=int, default=200, help="at least this many held-out pairs (default 200)")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the sentencepiece tokenizer (default 2048)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, help="pieces of the sentencepiece tokenizer (default 2048)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
     arguments = parser.parse_args(argv)
     prepare(arguments.input, arguments.output, arguments.held_out, arguments.vocab_size, arguments.seed)
@@ -49,12 +52,16 @@ def prepare(source: str, output: Path, num_held_out: int, vocab_size: int, seed:
         held_out += groups[order.pop()]
     train = [pair for text in order for pair in groups[text]]
     if not train:
-        raise DataError(f"{source}: {len(held_out)} usable pairs, none left for training; lower --held-out {num_held_out}")
+        raise DataError(
+            f"{source}: {len(held_out)} usable pairs, none left for training; lower --held-out {num_held_out}"
+        )
     output.mkdir(parents=True)
     for name, pairs in (("train", train), ("heldout", held_out)):
         lines = (json.dumps({"chosen": _spell(c), "rejected": _spell(r)}, ensure_ascii=False) for c, r in pairs)
         (output / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
-    train_tokenizer([turn.text for pair in train for side in pair for turn in side], output / "tokenizer.model", vocab_size)
+    train_tokenizer(
+        [turn.text for pair in train for side in pair for turn in side], output / "tokenizer.model", vocab_size
+    )
     print(f"{source}: {len(train)} training pairs, {len(held_out)} held-out pairs, {len(faults)} rows left out")
     for fault in faults[:5]:
         print(f"  {fault}")

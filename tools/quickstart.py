@@ -1,4 +1,6 @@
-"""`ppomax quickstart`: the whole recipe on the embedded data set, in a few minutes on a laptop's CPU (or on the GPU if there is one)."""
+"""`ppomax quickstart`: the whole recipe on the embedded data set, in a few minutes on a laptop's CPU (or on the GPU if
+there is one).
+"""
 
 import argparse
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
-"""The whole recipe in one command: SFT, reward model, critic pre-training, PPO-max, evaluation before and after; then a summary.
+"""The whole recipe in one command: SFT, reward model, critic pre-training, PPO-max, evaluation before and after; then a
+summary.
 
-`ppomax recipe CONFIG_FOLDER OUTPUT` reads sft.toml, reward.toml, critic.toml, ppo.toml and evaluate.toml of the folder and chains the stages:
-each starts from the Hugging Face folder that the one before it wrote. The stages run in this process, on one device; for many
-ranks start them one by one with torchrun (examples/README.md).
+`ppomax recipe CONFIG_FOLDER OUTPUT` reads sft.toml, reward.toml, critic.toml, ppo.toml and evaluate.toml of the
+folder and chains the stages: each starts from the Hugging Face folder that the one before it wrote. The stages run in
+this process, on one device; for many ranks start them one by one with torchrun (examples/README.md).
 """
 
 import argparse
@@ -28,17 +29,24 @@ Gold = Callable[[Sequence[str], str], bool]
 def main(argv: Sequence[str]) -> None:
     """`ppomax recipe CONFIG_FOLDER OUTPUT [section.field=value ...]`."""
     parser = argparse.ArgumentParser(prog="ppomax recipe", description=__doc__)
-    parser.add_argument("configs", type=Path, help="folder with sft.toml, reward.toml, critic.toml, ppo.toml, evaluate.toml")
-    parser.add_argument("output", type=Path, help="folder that gets one folder per stage, plots, samples and summary.json")
+    parser.add_argument(
+        "configs", type=Path, help="folder with sft.toml, reward.toml, critic.toml, ppo.toml, evaluate.toml"
+    )
+    parser.add_argument(
+        "output", type=Path, help="folder that gets one folder per stage, plots, samples and summary.json"
+    )
     parser.add_argument("overrides", nargs="*", help="section.field=value, applied to every stage")
     arguments = parser.parse_args(argv)
     run_recipe(arguments.configs, arguments.output, overrides=arguments.overrides)
 
 
-def run_recipe(configs: Path, output: Path, *, overrides: Sequence[str] = (), gold: Gold | None = None) -> dict[str, Any]:
+def run_recipe(
+    configs: Path, output: Path, *, overrides: Sequence[str] = (), gold: Gold | None = None
+) -> dict[str, Any]:
     """Runs the five stages and writes summary.json, samples.md and plots/; returns the summary.
 
-    gold: the data generator's own rule, (texts of the prompt's turns, response) -> follows it; None where there is none.
+    gold: the data generator's own rule, (texts of the prompt's turns, response) -> follows it; None where there is
+    none.
     """
     resolved = _resolve(configs, output, overrides)
     _prepare_output(output)
@@ -71,7 +79,9 @@ def _resolve(configs: Path, output: Path, overrides: Sequence[str]) -> dict[str,
     for name, (command, paths) in stages.items():
         file = configs / f"{command}.toml"
         if not file.is_file():
-            raise ConfigError(f"{file} is missing; the recipe needs sft, reward, critic, ppo and evaluate.toml in {configs}")
+            raise ConfigError(
+                f"{file} is missing; the recipe needs sft, reward, critic, ppo and evaluate.toml in {configs}"
+            )
         config = load_config(str(file), [*paths, f"train.output={output / name}", *overrides], command=command)
         resolved[name] = (command, config)
     return resolved
@@ -131,7 +141,10 @@ def _is_gold(row: dict[str, Any], gold: Gold) -> bool:
 
 
 def _write_samples(output: Path, num_samples: int = 8) -> None:
-    """samples.md: responses to the same prompts before and after PPO; model text stands in code blocks, so nothing in it is markup."""
+    """samples.md: responses to the same prompts before and after PPO; model text stands in code blocks, so nothing in
+    it
+    is markup.
+    """
     lines = ["# Responses to held-out prompts, before (SFT) and after PPO-max", ""]
     before, after = (read_lines(output / name / "samples.jsonl")[:num_samples] for name in ("before", "after"))
     for number, (old, new) in enumerate(zip(before, after, strict=True), start=1):

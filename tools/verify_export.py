@@ -1,5 +1,7 @@
 """Compares a Hugging Face folder's logits in transformers with the engine's."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,14 +29,17 @@ def max_logit_difference(folder: str, *, seed: int = 0) -> float:
         sequences = [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         every = [torch.arange(length) for length in lengths]
-        rows = Rows(every, [torch.full_like(row, -1) for row in every], [s + row for s, row in zip(starts, every, strict=True)])
+        rows = Rows(
+            every, [torch.full_like(row, -1) for row in every], [s + row for s, row in zip(starts, every, strict=True)]
+        )
         packs = role_packs(role, sequences, rows, sum(lengths))
 
         def logits(hidden: Tensor, pack: Pack) -> Tensor:
             return (hidden.float() @ role.stage.vocabulary_weight().float().T)[:, :vocab_size]
 
         ours = run_forward(role.module, role.groups, packs, logits, sum(lengths), width=vocab_size)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(role.device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = model.to(role.device).eval()
         with torch.no_grad():
             theirs = torch.cat([model(sequence[None].to(role.device)).logits[0] for sequence in sequences])
         return float((ours - theirs).abs().max())

@@ -60,7 +60,8 @@ def balance(lengths: Sequence[int], num_replicas: int, tokens_per_pack: int) -> 
             break
         num_packs += 1
     packs.sort(key=lambda pack: (-sum(lengths[unit] for unit in pack), pack))
-    # Neighbours in this order are alike: giving each replica one of them balances the replicas micro-batch by micro-batch.
+    # Neighbours in this order are alike: giving each replica one of them balances the replicas micro-batch by micro-
+    # batch.
     return [[sorted(pack) for pack in packs[replica::num_replicas]] for replica in range(num_replicas)]
 
 
@@ -84,8 +85,8 @@ def make_packs(
 ) -> list[Pack]:
     """The packs of one replica: assignment[micro-batch] lists numbers into `sequences` (each a [length] int64 tensor).
 
-    multiple_of: N is padded to a multiple of it (sequence parallelism). equal_lengths: all packs are padded to the longest
-    (pipeline stages exchange tensors of one shape).
+    multiple_of: N is padded to a multiple of it (sequence parallelism). equal_lengths: all packs are padded to the
+    longest (pipeline stages exchange tensors of one shape).
     """
     totals = [sum(sequences[i].numel() for i in members) for members in assignment]
     longest = max([*totals, 1])
@@ -126,7 +127,9 @@ def _make_pack(sequences: Sequence[Tensor], rows: Rows, members: Sequence[int], 
 
 
 def response_rows(tokens: Tensor, mask: Tensor) -> Rows:
-    """Rows of the kept columns of mask [B, T]: column t is computed at position t, labelled tokens[:, t + 1], index b * T + t."""
+    """Rows of the kept columns of mask [B, T]: column t is computed at position t, labelled tokens[:, t + 1], index b *
+    T + t.
+    """
     num_columns = mask.shape[1]
     columns = [row.nonzero().squeeze(1) for row in mask]
     return Rows(

@@ -1,8 +1,8 @@
 """Self-attention over packed sequences, for training and for decoding with a key / value cache.
 
-Every tensor is packed: sequences end to end along one token axis, no padding. What the layers need to know of the packing
-travels as `PackedSequences` in the place of Megatron's `packed_seq_params`, so that its blocks, recomputation and
-pipelines carry it along unchanged.
+Every tensor is packed: sequences end to end along one token axis, no padding. What the layers need to know of the
+packing travels as `PackedSequences` in the place of Megatron's `packed_seq_params`, so that its blocks, recomputation
+and pipelines carry it along unchanged.
 """
 
 import importlib.util
@@ -49,9 +49,11 @@ class PackedSequences:
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron's SelfAttention (its projections, its checkpoint layout) with RoPE and core attention over packed sequences."""
+    """Megatron's SelfAttention (its projections, its checkpoint layout) with RoPE and core attention over packed
+    sequences.
+    """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *unused: object, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         pack: PackedSequences = kwargs["packed_seq_params"]
@@ -144,7 +146,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) ->
 
 
 @lru_cache(maxsize=1)
-def _varlen_function() -> tuple[Callable[..., Tensor], dict[str, Any], bool]:
+def _varlen_function() -> tuple[Callable[..., Any], dict[str, Any], bool]:
     from torch.nn.attention.varlen import varlen_attn
 
     names = inspect.signature(varlen_attn).parameters
@@ -156,19 +158,23 @@ def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequence
     """Pads every sequence on the right to the longest: under a causal mask no real token sees the padding behind it."""
     num_tokens, num_sequences = query.shape[0], pack.cu_seqlens.numel() - 1
     if num_sequences == 1:
-        parts = [x.transpose(0, 1)[None] for x in (query, key, value)]
-        return scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
     starts, lengths = pack.cu_seqlens[:-1].long(), pack.cu_seqlens.diff().long()
     column = torch.arange(pack.max_seqlen, device=query.device)
     index = torch.where(column < lengths[:, None], starts[:, None] + column, num_tokens)  # [n, longest]
-    parts = [pad(x, (0, 0, 0, 0, 0, 1))[index].transpose(1, 2) for x in (query, key, value)]
-    output = scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2)
-    sequence = torch.repeat_interleave(torch.arange(num_sequences, device=query.device), lengths, output_size=num_tokens)
+    q, k, v = (pad(x, (0, 0, 0, 0, 0, 1))[index].transpose(1, 2) for x in (query, key, value))
+    output = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    sequence = torch.repeat_interleave(
+        torch.arange(num_sequences, device=query.device), lengths, output_size=num_tokens
+    )
     return output[sequence, torch.arange(num_tokens, device=query.device) - starts[sequence]]
 
 
 def choose_backend(requested: str, dtype: torch.dtype) -> str:
-    """The attention kernel for "auto": flash-attn when importable, torch's variable-length attention on CUDA, else SDPA."""
+    """The attention kernel for "auto": flash-attn when importable, torch's variable-length attention on CUDA, else
+    SDPA.
+    """
     if requested != "auto":
         return requested
     if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):

@@ -200,7 +200,9 @@ def _rope_scaling(config: _Config) -> RopeScaling:
     }
     if kind not in wanted:
         config.refuse(f"rotary scaling of kind {kind!r} is not supported", f"expected one of {', '.join(wanted)}")
-    factors = {name: config.positive(f"rope parameter {name}", parameters.get(name)) for name in wanted[kind]}
+    factors: dict[str, Any] = {
+        name: config.positive(f"rope parameter {name}", parameters.get(name)) for name in wanted[kind]
+    }
     if kind != "llama3":
         return RopeScaling(kind, **factors)
     name = "original_max_position_embeddings"

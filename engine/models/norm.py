@@ -16,7 +16,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Under sequence parallelism each tp rank sees some of the tokens: finalize_model_grads sums these gradients over tp.
+        # Under sequence parallelism each tp rank sees some of the tokens: finalize_model_grads sums these gradients
+        # over tp.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

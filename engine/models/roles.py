@@ -25,7 +25,8 @@ from ppomax.engine.parallel.layout import make_layout
 class Role:
     """One model on this rank.
 
-    stage: this rank's pipeline stage. module: what the schedules run: the stage, inside DistributedDataParallel where trained.
+    stage: this rank's pipeline stage. module: what the schedules run: the stage, inside DistributedDataParallel where
+    trained.
     optimizer: None for frozen roles.
     """
 
@@ -61,8 +62,8 @@ def load_role(
 ) -> Role:
     """A role with the weights of a Hugging Face folder.
 
-    scalar: a scalar head instead of the vocabulary head. extra_scalar_head: both. fresh_head: the scalar head is new (the folder holds
-    a language model). trained: with gradient buffers and optimizer (Adam's eps).
+    scalar: a scalar head instead of the vocabulary head. extra_scalar_head: both. fresh_head: the scalar head is new
+    (the folder holds a language model). trained: with gradient buffers and optimizer (Adam's eps).
     """
     shape = read_shape(folder)
     if scalar != shape.scalar:
@@ -84,7 +85,9 @@ def load_role(
 def load_policy(
     config: RunConfig, groups: RoleGroups, vocab_size: int, *, trained: bool, extra_scalar_head: bool = False
 ) -> Role:
-    """The language model of model.policy, or one of the shape in [model.init] with random weights where that is empty."""
+    """The language model of model.policy, or one of the shape in [model.init] with random weights where that is
+    empty.
+    """
     folder = config.model.policy
     options: dict[str, bool] = {
         "extra_scalar_head": extra_scalar_head,
@@ -99,7 +102,9 @@ def load_policy(
 
 
 def load_critic(config: RunConfig, groups: RoleGroups) -> Role:
-    """A trained critic: model.critic, or as ppo.critic_init says the reward model, or the policy's body with a fresh head."""
+    """A trained critic: model.critic, or as ppo.critic_init says the reward model, or the policy's body with a fresh
+    head.
+    """
     fresh = not config.model.critic and config.ppo.critic_init == "sft"
     folder = config.model.critic or (config.model.policy if fresh else config.model.reward)
     eps = config.optim.critic_eps

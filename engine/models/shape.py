@@ -19,7 +19,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes as in Hugging Face's LlamaConfig; vocab_size without padding; scalar: one value per token instead of logits."""
+    """Sizes as in Hugging Face's LlamaConfig; vocab_size without padding; scalar: one value per token instead of
+    logits.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -39,7 +41,9 @@ class ModelShape:
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
 
     def padded_vocab_size(self, tp: int) -> int:
-        """The vocabulary rounded up to a multiple of tp; padding rows are masked in every softmax and dropped on export."""
+        """The vocabulary rounded up to a multiple of tp; padding rows are masked in every softmax and dropped on
+        export.
+        """
         return -(-self.vocab_size // tp) * tp
 
     def num_parameters(self) -> int:
@@ -57,10 +61,13 @@ class ModelShape:
 
 
 def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool = False) -> ModelShape:
-    """The shape of a model that starts from random weights; vocab_size is the tokenizer's, used where init names none."""
+    """The shape of a model that starts from random weights; vocab_size is the tokenizer's, used where init names
+    none.
+    """
     if init.vocab_size is not None and init.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.init.vocab_size {init.vocab_size} is smaller than the tokenizer's {vocab_size} tokens; leave it unset"
+            f"model.init.vocab_size {init.vocab_size} is smaller than the tokenizer's "
+            f"{vocab_size} tokens; leave it unset"
         )
     if init.head_dim is None and init.hidden_size % init.num_heads:
         raise ConfigError(
@@ -69,7 +76,8 @@ def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool =
         )
     if init.num_heads % init.num_query_groups:
         raise ConfigError(
-            f"model.init.num_heads {init.num_heads} is not a multiple of model.init.num_query_groups {init.num_query_groups}"
+            f"model.init.num_heads {init.num_heads} is not a multiple of "
+            f"model.init.num_query_groups {init.num_query_groups}"
         )
     return ModelShape(
         vocab_size=init.vocab_size or vocab_size,

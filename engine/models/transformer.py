@@ -1,7 +1,7 @@
 """Llama-family models on Megatron-core's GPTModel: configuration, layer spec, and forward over a pack.
 
-`PackedModel` is GPTModel with another forward: it returns hidden states (between stages) or the hidden states of the rows that
-the pack selects (last stage). Heads work on those rows alone, so no logits of prompt tokens ever exist.
+`PackedModel` is GPTModel with another forward: it returns hidden states (between stages) or the hidden states of the
+rows that the pack selects (last stage). Heads work on those rows alone, so no logits of prompt tokens ever exist.
 """
 
 from typing import Any
@@ -100,8 +100,10 @@ class PackedModel(GPTModel):
         """Last stage of a model with a scalar head: hidden [M, H] -> [M] float32."""
         return self.output_layer(hidden) if self.shape.scalar else self.scalar_head(hidden)
 
-    def forward(self, pack: Pack, cache: KeyValueCache | None = None) -> Tensor:  # type: ignore[override]
-        """Hidden states [N(/tp), 1, H] of this stage; on the last stage those of the rows that the pack selects, [M, H]."""
+    def forward(self, pack: Pack, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states [N(/tp), 1, H] of this stage; on the last stage those of the rows that the pack selects, [M,
+        H].
+        """
         cos, sin = rotary_factors(pack.positions, self.shape)
         packed = PackedSequences(pack.cu_seqlens, pack.max_seqlen, cos, sin, self.backend, cache)
         hidden = None
@@ -117,7 +119,7 @@ class PackedModel(GPTModel):
             )
         return hidden[:, 0].index_select(0, pack.rows)
 
-    def tie_embeddings_and_output_weights_state_dict(  # type: ignore[override]
+    def tie_embeddings_and_output_weights_state_dict(
         self,
         sharded_state_dict: dict[str, Any],
         output_layer_weight_key: str,

@@ -1,11 +1,11 @@
 """Lets megatron-core 0.16 run on CPU with gloo. Imported only where there is no GPU; nothing inside megatron is edited.
 
-megatron-core names CUDA in three ways, and each gets the smallest answer that is right on one CPU "device":
-1. functions of `torch.cuda` (streams, events, RNG state): replaced by stand-ins that do nothing or act on the CPU generator;
-2. `device="cuda"` in factory calls, `Tensor.cuda()` and `Tensor.type()` (the optimizers sort parameters by the string
-   "torch.cuda.FloatTensor"): rewritten by one TorchFunctionMode;
-3. two functions of `megatron.core.tensor_parallel.random` that read the CUDA generator.
-The functions that it replaces are those listed as blocking in docs/design.md, section "CPU backend".
+megatron-core names CUDA in three ways, and each gets the smallest answer that is right on one CPU "device": 1.
+functions of `torch.cuda` (streams, events, RNG state): replaced by stand-ins that do nothing or act on the CPU
+generator; 2. `device="cuda"` in factory calls, `Tensor.cuda()` and `Tensor.type()` (the optimizers sort parameters by
+the string "torch.cuda.FloatTensor"): rewritten by one TorchFunctionMode; 3. two functions of
+`megatron.core.tensor_parallel.random` that read the CUDA generator. The functions that it replaces are those listed
+as blocking in docs/design.md, section "CPU backend".
 """
 
 import contextlib
@@ -40,8 +40,7 @@ class _Stream:
     def __enter__(self) -> "_Stream":
         return self
 
-    def __exit__(self, *args: Any) -> bool:
-        return False
+    def __exit__(self, *args: Any) -> None: ...
 
 
 class _Event:
@@ -113,7 +112,7 @@ def install() -> None:
         setattr(torch.cuda, name, stand_in)
     torch.cuda.nvtx.range_push = lambda *a, **k: None
     torch.cuda.nvtx.range_pop = lambda *a, **k: None
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
     import megatron.core.tensor_parallel.random as megatron_random
 

@@ -17,7 +17,8 @@ from ppomax.engine.errors import ConfigError
 def start(timeout_seconds: int) -> torch.device:
     """Sets up device, CPU backend and the default process group; returns the device of this rank.
 
-    Under torchrun the world comes from the environment; otherwise this process is a world of one. Every rank must call it.
+    Under torchrun the world comes from the environment; otherwise this process is a world of one. Every rank must
+    call it.
     """
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

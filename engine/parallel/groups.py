@@ -1,4 +1,6 @@
-"""Process groups of a role, made from its layout: what Megatron takes as `pg_collection`, without its global `parallel_state`."""
+"""Process groups of a role, made from its layout: what Megatron takes as `pg_collection`, without its global
+`parallel_state`.
+"""
 
 from dataclasses import dataclass
 
@@ -14,7 +16,8 @@ class RoleGroups:
     """The groups of one role on this rank.
 
     megatron: tp, pp, dp and the rest under Megatron's names.
-    results: the ranks with this rank's tp coordinate: a sum over them brings every result of the last stages to every rank.
+    results: the ranks with this rank's tp coordinate: a sum over them brings every result of the last stages to every
+    rank.
     """
 
     layout: ParallelLayout
@@ -43,7 +46,9 @@ class RoleGroups:
 
 
 def make_groups(layouts: dict[str, ParallelLayout]) -> dict[str, RoleGroups]:
-    """The groups of each role; roles of equal layout share theirs. Every rank of the world must call it with the same layouts."""
+    """The groups of each role; roles of equal layout share theirs. Every rank of the world must call it with the same
+    layouts.
+    """
     made: dict[ParallelLayout, RoleGroups] = {}
     for layout in layouts.values():
         if layout not in made:
@@ -73,7 +78,7 @@ def _make(layout: ParallelLayout) -> RoleGroups:
     return RoleGroups(layout=layout, megatron=groups, results=grid.create_pg(["pp", "dp"]))
 
 
-def _embedding_group(grid: HyperCommGrid) -> dist.ProcessGroup:
+def _embedding_group(grid: HyperCommGrid) -> dist.ProcessGroup | None:
     """First and last stage of each pipeline: they hold copies of tied embeddings."""
     ranks = [sorted({pipeline[0], pipeline[-1]}) for pipeline in grid.get_rank_enum(["pp"])]
     mine = None
@@ -81,5 +86,5 @@ def _embedding_group(grid: HyperCommGrid) -> dist.ProcessGroup:
         group = dist.new_group(members)
         if dist.get_rank() in members:
             mine = group
-    # Ranks of middle stages belong to none; Megatron skips a group that this rank is not in.
-    return mine if mine is not None else dist.GroupMember.NON_GROUP_MEMBER
+    # Ranks of middle stages belong to none, which Megatron takes as a group of one.
+    return mine

@@ -36,8 +36,8 @@ def run_forward(
 ) -> Tensor:
     """Runs `compute` on the rows of every pack of every replica; returns [num_outputs, width] float32 on every rank.
 
-    packs: those of this replica; replicas have equally many. compute: hidden [M, H] -> [M] or [M, width] on the last stage.
-    Places that no row's index names are 0. Collective over all ranks of the role.
+    packs: those of this replica; replicas have equally many. compute: hidden [M, H] -> [M] or [M, width] on the last
+    stage. Places that no row's index names are 0. Collective over all ranks of the role.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -60,10 +60,12 @@ def run_forward(
 def run_forward_backward(
     model: torch.nn.Module, groups: RoleGroups, packs: Sequence[Pack], loss: LossFunction, num_metrics: int
 ) -> Tensor:
-    """Adds the gradients of the summed loss into the model's buffers, reduced over replicas; returns the summed metrics.
+    """Adds the gradients of the summed loss into the model's buffers, reduced over replicas; returns the summed
+    metrics.
 
     model: a DistributedDataParallel. packs: those of this replica; replicas have equally many.
-    Returns [1 + num_metrics] float64 on every rank: the loss, then the metrics. Collective over all ranks of the role.
+    Returns [1 + num_metrics] float64 on every rank: the loss, then the metrics. Collective over all ranks of the
+    role.
     """
     device = next(model.parameters()).device
     model.train()
@@ -76,7 +78,8 @@ def run_forward_backward(
             value, metrics = loss(hidden, pack)
             sums[0] += value.detach()
             sums[1:] += metrics.detach()
-            # Rows may be empty (an empty pack): the graph must still reach every parameter. One "token": never divided by.
+            # Rows may be empty (an empty pack): the graph must still reach every parameter. One "token": never
+            # divided by.
             return value + hidden.sum() * 0.0, torch.ones((), dtype=torch.int, device=device), {}
 
         return stage(pack), scaled

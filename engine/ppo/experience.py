@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ppomax.engine.config import PpoConfig
+from ppomax.engine.data.batches import unpad
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.roles import Role
 from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished
 from ppomax.engine.ppo.scoring import full_kl, sequence_scores, token_logprobs, token_values
 from ppomax.engine.ppo.types import Experience, Rollout
-from ppomax.engine.data.batches import unpad
 from ppomax.kernels.experience import experience as token_experience
 
 
@@ -37,7 +37,8 @@ def make_experience(
 ) -> tuple[Experience, RewardScaler]:
     """Scores a rollout with all four roles; returns the experience and the reward moments that now include its scores.
 
-    step_rewards [B, T] float: extra rewards at any response token (process rewards). Collective over all ranks of the roles.
+    step_rewards [B, T] float: extra rewards at any response token (process rewards). Collective over all ranks of the
+    roles.
     """
     limit = tokens_per_microbatch
     mask = rollout.response_mask
@@ -53,7 +54,8 @@ def make_experience(
     if config.kl_estimator == "full":
         if models.reference.groups.layout != models.policy.groups.layout:
             raise ConfigError(
-                'ppo.kl_estimator "full" compares whole distributions on one rank: set parallel.reference equal to parallel.policy'
+                'ppo.kl_estimator "full" compares whole distributions on one rank: '
+                "set parallel.reference equal to parallel.policy"
             )
         kl = full_kl(models.policy, models.reference, rollout, tokens_per_microbatch=limit)
     values = token_values(models.critic, rollout, tokens_per_microbatch=limit)

@@ -1,6 +1,7 @@
 """The losses of one optimizer step, as functions of one pack: weighted sums whose weights hold the global token count.
 
-Per-token inputs are flattened global tensors; `pack.index` picks those of the pack's rows. A token's weight decides which loss it is in.
+Per-token inputs are flattened global tensors; `pack.index` picks those of the pack's rows. A token's weight decides
+which loss it is in.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,6 @@
-"""What happens to reward-model scores before they become token rewards: running moments, scaling, clipping; and the KL coefficient."""
+"""What happens to reward-model scores before they become token rewards: running moments, scaling, clipping; and the KL
+coefficient.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,8 +15,8 @@ from ppomax.engine.config import PpoConfig
 class RewardScaler:
     """Moments of all scores seen so far (P p.16: "historical mean and variance"), in double precision.
 
-    count: scores seen. mean, m2: their mean and sum of squared distances from it. The global batch is folded in once per rollout, in
-    prompt order, so the moments are the same for every layout.
+    count: scores seen. mean, m2: their mean and sum of squared distances from it. The global batch is folded in once
+    per rollout, in prompt order, so the moments are the same for every layout.
     """
 
     count: int = 0
@@ -37,14 +39,18 @@ class RewardScaler:
 
     @property
     def std(self) -> float:
-        """Unbiased standard deviation; 1 while it is unknown (one score) or zero (equal scores), where dividing would explode."""
+        """Unbiased standard deviation; 1 while it is unknown (one score) or zero (equal scores), where dividing would
+        explode.
+        """
         if self.count < 2:
             return 1.0
         std = math.sqrt(self.m2 / (self.count - 1))
         return std if std > 1e-6 * max(1.0, abs(self.mean)) else 1.0
 
     def apply(self, scores: Tensor, config: PpoConfig) -> Tensor:
-        """Scores [B] float32 after ppo.reward_scaling and ppo.reward_clip (Eq. 18); the moments must already contain them."""
+        """Scores [B] float32 after ppo.reward_scaling and ppo.reward_clip (Eq. 18); the moments must already contain
+        them.
+        """
         if config.reward_scaling == "norm":
             scores = (scores - self.mean) / self.std
         elif config.reward_scaling == "scale":

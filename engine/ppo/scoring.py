@@ -13,7 +13,9 @@ from ppomax.kernels.linear_logprobs import linear_full_kl, linear_logprobs
 
 
 def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) -> tuple[Tensor, Tensor]:
-    """(logprobs, entropy) [B, T] float32, nats, of the response tokens under a model with a vocabulary head; 0 elsewhere."""
+    """(logprobs, entropy) [B, T] float32, nats, of the response tokens under a model with a vocabulary head; 0
+    elsewhere.
+    """
     sequences, rows = _response_sequences(rollout)
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
 
@@ -60,8 +62,8 @@ def sequence_scores(role: Role, sequences: Sequence[Tensor], *, tokens_per_micro
 def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_microbatch: int) -> Tensor:
     """[B, T] float32: KL(policy || reference) over the whole vocabulary at each response token, nats.
 
-    The reference's hidden states of the response tokens wait on the last stage for the policy's, pack by pack: both roles must have
-    the same layout (the configuration is checked for it).
+    The reference's hidden states of the response tokens wait on the last stage for the policy's, pack by pack: both
+    roles must have the same layout (the configuration is checked for it).
     """
     sequences, rows = _response_sequences(rollout)
     packs = role_packs(policy, sequences, rows, tokens_per_microbatch)

@@ -1,8 +1,9 @@
 """What flows through one PPO iteration: rollouts, experience, and the running reward moments.
 
-Alignment: column `t` of every [B, T] tensor is about the token `tokens[:, t + 1]`, predicted from `tokens[:, : t + 1]`; T = S - 1.
-Masks are named for what True keeps. B is the *global* rollout batch: these tensors are small, so every rank holds all of them, and
-every statistic over them is the same on every rank and for every layout (docs/design.md, "The global batch").
+Alignment: column `t` of every [B, T] tensor is about the token `tokens[:, t + 1]`, predicted from `tokens[:, : t +
+1]`; T = S - 1. Masks are named for what True keeps. B is the *global* rollout batch: these tensors are small, so
+every rank holds all of them, and every statistic over them is the same on every rank and for every layout
+(docs/design.md, "The global batch").
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ class Rollout:
     lengths [B] int64: tokens of prompt and response together (EOS included).
     response_mask [B, T] bool: True where tokens[:, t + 1] is a response token.
     finished [B] bool: the response ended by EOS.
-    sampling_logprobs [B, T] float32: log-probabilities, nats, of the sampler's own unmodified T = 1 distribution; 0 outside the mask.
-    margins [B, T] float32: by how much the drawn token's perturbed score beats the next one; 0 outside the mask. Where it
-        is tiny, another layout may draw another token. None for responses that were not sampled here.
+    sampling_logprobs [B, T] float32: log-probabilities, nats, of the sampler's own unmodified T = 1 distribution; 0
+    outside the mask.
+    margins [B, T] float32: by how much the drawn token's perturbed score beats the next one; 0 outside the mask.
+    Where it is tiny, another layout may draw another token. None for responses that were not sampled here.
     """
 
     tokens: Tensor
@@ -36,11 +38,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with everything that the update needs; each tensor [B, T] float32 and 0 outside response_mask, scores [B] float32.
+    """A rollout with everything that the update needs; each tensor [B, T] float32 and 0 outside response_mask, scores
+    [B] float32.
 
     scores: raw reward-model scores. kl: the chosen estimator of KL(policy || reference) per token, nats.
-    logprobs: of the policy at rollout time. old_logprobs: the denominator of the ratio: the same, or the reference's under importance
-    sampling.
+    logprobs: of the policy at rollout time. old_logprobs: the denominator of the ratio: the same, or the reference's
+    under importance sampling.
     """
 
     rollout: Rollout
@@ -56,6 +59,6 @@ class Experience:
 
 
 def response_mask(prompt_lengths: Tensor, lengths: Tensor, num_columns: int) -> Tensor:
-    """The [B, T] mask of response tokens: column t keeps token t + 1, so t runs from prompt_length - 1 to length - 2."""
+    """[B, T] mask of response tokens: column t keeps token t + 1, so t runs from prompt_length - 1 to length - 2."""
     t = torch.arange(num_columns, device=lengths.device)[None]
     return (t >= prompt_lengths[:, None] - 1) & (t < lengths[:, None] - 1)

@@ -1,6 +1,7 @@
 """The optimizer steps of one iteration: epochs and minibatches over the experience, policy and critic together.
 
-A minibatch is a list of sequences of the global batch; every rank knows all of them, so weights and whitening need no collective.
+A minibatch is a list of sequences of the global batch; every rank knows all of them, so weights and whitening need no
+collective.
 """
 
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,7 @@ def prepare_advantages(advantages: Tensor, mask: Tensor, config: PpoConfig) -> T
 
 
 def _entropy_sign(policy: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> float:
-    """The sign of d |mean entropy - target| / d entropy: one more forward pass, only where ppo.entropy_target is set."""
+    """Sign of d |mean entropy - target| / d entropy: one more forward pass, only where ppo.entropy_target is set."""
     target = settings.ppo.entropy_target
     if target is None:
         return -1.0
