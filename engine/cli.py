@@ -130,7 +130,11 @@ def _stage(command: str, argv: list[str]) -> None:
     if not arguments.dry_run:
         _run(command, config)
     elif _local_rank() == 0:
+        from ppomax.engine.dry_run import check_inputs
+
+        lines = check_inputs(config, command)
         print(to_toml(config), end="")
+        print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
 
 
 def _run(command: str, config: RunConfig) -> None:

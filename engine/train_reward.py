@@ -66,6 +66,8 @@ def _load(session: Session) -> Role:
     folder = config.model.policy
     if folder and (read_shape(folder).scalar or config.reward.lm_coef == 0):
         fresh = not read_shape(folder).scalar
+        if not fresh and config.reward.lm_coef > 0:
+            session.log.say(f"{folder} has no vocabulary head: reward.lm_coef {config.reward.lm_coef} has no effect")
         return load_role(
             "reward", folder, config, groups, scalar=True, fresh_head=fresh, trained=True, eps=config.optim.eps
         )

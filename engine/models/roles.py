@@ -136,6 +136,8 @@ def make_role(
         sequence_parallel=config.parallel.sequence_parallel,
         extra_scalar_head=extra_scalar_head,
     )
+    if torch.cuda.is_available():
+        stage.cuda()  # norms and scalar heads are made on the host
     load_weights(stage, reader, source, head="fresh" if fresh_head else "load", seed=config.train.seed)
     if not trained:
         stage.requires_grad_(False)

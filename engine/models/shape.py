@@ -93,3 +93,20 @@ def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool =
         tie_embeddings=init.tie_embeddings and not scalar,
         scalar=scalar,
     )
+
+
+def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
+    """Raises ConfigError unless the model's heads, feed-forward width and layers can be split over tp and pp ranks."""
+    faults = [
+        f"{name} {size} of the model is not divisible by tp {tp}; choose a tp that divides it"
+        for name, size in (("num_heads", shape.num_heads), ("ffn_hidden_size", shape.ffn_hidden_size))
+        if size % tp
+    ]
+    if max(shape.num_query_groups, tp) % min(shape.num_query_groups, tp):
+        faults.append(f"tp {tp} and the model's {shape.num_query_groups} key / value heads: one must divide the other")
+    if shape.num_layers % pp:
+        faults.append(
+            f"the model's {shape.num_layers} layers are not divisible by pp {pp}; choose a pp that divides them"
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))

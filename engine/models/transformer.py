@@ -30,7 +30,6 @@ from torch import Tensor
 
 from ppomax.engine.config import ModelConfig
 from ppomax.engine.data.batches import Pack
-from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.attention import (
     KeyValueCache,
     NoCoreAttention,
@@ -40,7 +39,7 @@ from ppomax.engine.models.attention import (
     rotary_factors,
 )
 from ppomax.engine.models.norm import RMSNorm, SwiGluMLP
-from ppomax.engine.models.shape import ModelShape
+from ppomax.engine.models.shape import ModelShape, check_split
 from ppomax.engine.parallel.groups import RoleGroups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -164,21 +163,7 @@ def build_model(
 
     extra_scalar_head: a scalar head beside the vocabulary head (reward models while the LM term of Eq. 2 trains them).
     """
-    layout = groups.layout
-    for name, size in (("num_heads", shape.num_heads), ("ffn_hidden_size", shape.ffn_hidden_size)):
-        if size % layout.tp:
-            raise ConfigError(
-                f"{name} {size} of the model is not divisible by tp {layout.tp}; choose a tp that divides it"
-            )
-    wide, narrow = max(shape.num_query_groups, layout.tp), min(shape.num_query_groups, layout.tp)
-    if wide % narrow:
-        raise ConfigError(
-            f"tp {layout.tp} and the model's {shape.num_query_groups} key / value heads: one must divide the other"
-        )
-    if shape.num_layers % layout.pp:
-        raise ConfigError(
-            f"the model's {shape.num_layers} layers are not divisible by pp {layout.pp}; choose a pp that divides them"
-        )
+    check_split(shape, tp=groups.layout.tp, pp=groups.layout.pp)
     config = transformer_config(model, shape, groups, sequence_parallel=sequence_parallel, on_cpu=on_cpu)
     return PackedModel(config, shape, groups, model.attention, extra_scalar_head=extra_scalar_head)
 

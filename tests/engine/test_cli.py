@@ -1,5 +1,7 @@
 """The command `ppomax` as a person meets it: output, messages and exit codes."""
 
+import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,6 +20,8 @@ from ppomax.engine.errors import (
     PeerFailedError,
 )
 
+TOKENIZER = Path(__file__).parents[2] / "examples/data/quickstart/tokenizer.model"
+
 
 @pytest.fixture
 def complete(tmp_path, monkeypatch):
@@ -25,9 +29,10 @@ def complete(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    (tmp_path / "tokenizer.json").write_text("{}\n")
-    return ["data.train=rows.jsonl", "model.tokenizer=tokenizer.json", "train.steps=3"]
+    row = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    shutil.copy(TOKENIZER, tmp_path / "tokenizer.model")
+    return ["data.train=rows.jsonl", "model.tokenizer=tokenizer.model", "train.steps=3"]
 
 
 @pytest.fixture
@@ -61,6 +66,14 @@ def test_dry_run_prints_the_resolved_config_and_runs_nothing(complete, stage, ca
     stage(lambda config: pytest.fail("a dry run started the stage"))
     assert cli.main(["sft", "--dry-run", *complete, "parallel.tp=2", "--world-size", "4"]) == 0
     assert tomllib.loads(capsys.readouterr().out)["parallel"]["reward"]["tp"] == 2
+
+
+def test_dry_run_reads_the_data(complete, tmp_path, capsys):
+    assert cli.main(["sft", "--dry-run", *complete]) == 0
+    assert "# data.train: 1 rows, 0 rows skipped" in capsys.readouterr().out
+    (tmp_path / "rows.jsonl").write_text('{"messages": [}')
+    assert cli.main(["sft", "--dry-run", *complete]) == DataError.exit_code
+    assert "rows.jsonl line 1" in capsys.readouterr().err
 
 
 def test_dry_run_checks_the_layout_against_torchrun(complete, monkeypatch, capsys):
