@@ -1,0 +1,283 @@
+"""Experience and update on tiny real models: what each switch of PPO-max does to the numbers and the gradients."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ppomax.engine.config import ArchitectureConfig, PpoConfig, RunConfig, SamplingConfig
+from ppomax.engine.data.datasets import DialogueRow
+from ppomax.engine.errors import DivergedError
+from ppomax.engine.models.roles import as_scalar, make_role, random_reader, role_groups
+from ppomax.engine.models.shape import shape_from_init
+from ppomax.engine.parallel.device import start, stop
+from ppomax.engine.ppo import update as ppo_update
+from ppomax.engine.ppo.experience import Models, kept_tokens, make_experience, summary
+from ppomax.engine.ppo.rewards import RewardScaler
+from ppomax.engine.ppo.scoring import token_logprobs, token_values
+from ppomax.engine.ppo.update import UpdateSettings, prepare_advantages, take, update
+from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.steps import StepCounter, language_model_gradients
+
+LIMIT = 4096
+PROMPTS = [[1, 7, 9, 12], [1, 30], [1, 4, 4, 8, 15, 16, 23, 42], [1, 5, 50], [1, 60, 61], [1, 2, 3, 33, 34, 35]]
+BASE = PpoConfig(preset="none", rollout_size=6, minibatch_size=3, kl_coef=0.1)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    torch.set_num_threads(1)
+    start(60)
+    yield role_groups(RunConfig())
+    stop()
+
+
+@pytest.fixture
+def models(groups):
+    """Four roles with different weights; policy and critic are trained."""
+
+    def role(name, seed, *, scalar=False, trained=False):
+        init = ArchitectureConfig(
+            hidden_size=32, num_layers=2, num_heads=4, num_query_groups=2, ffn_hidden_size=64, init_std=0.2
+        )
+        config = RunConfig.model_validate({"model": {"init": init.model_dump()}, "train": {"seed": seed}})
+        shape = shape_from_init(init, 67)
+        shape = as_scalar(shape) if scalar else shape
+        return make_role(
+            name, shape, random_reader(shape, config), config, groups[name], source="random", trained=trained
+        )
+
+    return Models(
+        policy=role("policy", 1, trained=True),
+        critic=role("critic", 2, scalar=True, trained=True),
+        reference=role("reference", 3),
+        reward=role("reward", 4, scalar=True),
+    )
+
+
+@pytest.fixture
+def rollout(models):
+    sampling = SamplingConfig(max_new_tokens=9, temperature=1.0, top_p=1.0, repetition_penalty=1.0)
+    return generate(models.policy, PROMPTS, sampling, seeds=request_seeds(0, 0, len(PROMPTS)), eos_id=2, pad_id=0)
+
+
+def experience_of(rollout, models, config=BASE, scaler=None):
+    return make_experience(
+        rollout, models, scaler or RewardScaler(), kl_coef=config.kl_coef, config=config, tokens_per_microbatch=LIMIT
+    )[0]
+
+
+def settings_for(config):
+    return UpdateSettings(config, RunConfig().optim, LIMIT)
+
+
+def gradient(role):
+    return torch.cat([p.main_grad.flatten().clone() for p in role.stage.parameters()])
+
+
+def policy_gradient(models, experience, config, dialogues=()):
+    mask = kept_tokens(experience.rollout, config)
+    weights = mask.float() / mask.sum().clamp_min(1)
+    stats = ppo_update._policy_gradients(models.policy, experience, mask, weights, dialogues, settings_for(config))
+    return stats, gradient(models.policy)
+
+
+def whole_logprobs(role, rollout):
+    """[B, T, V] log-probabilities by one forward pass per sequence, straight from the hidden states."""
+    from ppomax.engine.data.batches import Rows, unpad
+    from ppomax.engine.models.roles import role_packs
+    from ppomax.engine.parallel.pipeline import run_forward
+
+    sequences = unpad(rollout.tokens, rollout.lengths)
+    num_columns = rollout.response_mask.shape[1]
+    every = [torch.arange(s.numel() - 1) for s in sequences]
+    rows = Rows(every, [torch.full_like(r, -1) for r in every], [b * num_columns + r for b, r in enumerate(every)])
+    weight = role.stage.vocabulary_weight()[:67]
+    out = run_forward(
+        role.module,
+        role.groups,
+        role_packs(role, sequences, rows, LIMIT),
+        lambda hidden, pack: hidden @ weight.T,
+        rollout.response_mask.numel(),
+        width=67,
+    )
+    return out.view(*rollout.response_mask.shape, 67).log_softmax(-1)
+
+
+def test_experience_matches_a_hand_written_loop(models, rollout):
+    experience = experience_of(rollout, models)
+    mask = rollout.response_mask
+    assert torch.equal(experience.advantages[~mask], torch.zeros_like(experience.advantages[~mask]))
+    scaled = (experience.scores - experience.scores.mean()) / experience.scores.std()
+    for b in range(len(PROMPTS)):
+        columns = mask[b].nonzero().squeeze(1).tolist()
+        advantage, next_value = 0.0, 0.0
+        for t in reversed(columns):
+            reward = -0.1 * float(experience.logprobs[b, t] - experience.ref_logprobs[b, t])
+            reward += float(scaled[b]) if t == columns[-1] else 0.0
+            advantage = reward + next_value - float(experience.values[b, t]) + 0.9 * advantage
+            next_value = float(experience.values[b, t])
+            assert experience.advantages[b, t].item() == pytest.approx(advantage, abs=2e-5)
+            assert experience.returns[b, t].item() == pytest.approx(advantage + next_value, abs=2e-5)
+
+
+def test_logprobs_of_the_trainer_equal_those_of_the_sampler(models, rollout):
+    logprobs, entropy = token_logprobs(models.policy, rollout, tokens_per_microbatch=LIMIT)
+    assert (logprobs - rollout.sampling_logprobs).abs().max() < 5e-5
+    whole = whole_logprobs(models.policy, rollout)
+    assert torch.allclose(entropy, -(whole.exp() * whole).sum(-1) * rollout.response_mask, atol=1e-5)
+
+
+def test_old_logprobs_can_be_the_samplers(models, rollout):
+    experience = experience_of(rollout, models, BASE.model_copy(update={"old_logprobs": "rollout"}))
+    assert torch.equal(experience.logprobs, rollout.sampling_logprobs)
+
+
+def test_full_kl_is_that_of_the_two_distributions(models, rollout):
+    experience = experience_of(rollout, models, BASE.model_copy(update={"kl_estimator": "full"}))
+    p, q = whole_logprobs(models.policy, rollout), whole_logprobs(models.reference, rollout)
+    expected = (p.exp() * (p - q)).sum(-1) * rollout.response_mask
+    assert torch.allclose(experience.kl, expected, atol=1e-5)
+    assert (experience.kl >= 0).all()
+
+
+def test_importance_sampling_takes_the_ratio_against_the_reference(models, rollout):
+    experience = experience_of(rollout, models, BASE.model_copy(update={"importance_sampling": True}))
+    assert torch.equal(experience.old_logprobs, experience.ref_logprobs)
+    assert not torch.equal(experience.old_logprobs, experience.logprobs)
+
+
+def test_responses_without_eos_are_penalised_or_left_out(models, rollout):
+    unfinished = replace(rollout, finished=torch.tensor([True, False, True, True, True, False]))
+    plain = experience_of(unfinished, models)
+    penalised = experience_of(unfinished, models, BASE.model_copy(update={"no_eos_penalty": 2.0}))
+    change = (plain.token_rewards - penalised.token_rewards).sum(1)
+    assert torch.allclose(change, torch.tensor([0.0, 2.0, 0.0, 0.0, 0.0, 2.0]), atol=1e-5)
+    mask = kept_tokens(unfinished, BASE.model_copy(update={"mask_no_eos": True}))
+    assert not mask[1].any()
+    assert torch.equal(mask[0], rollout.response_mask[0])
+
+
+def test_step_rewards_reach_the_advantages_of_earlier_tokens_only(models, rollout):
+    longest = int(rollout.response_mask.sum(1).argmax())
+    columns = rollout.response_mask[longest].nonzero().squeeze(1)
+    step_rewards = torch.zeros_like(rollout.sampling_logprobs)
+    step_rewards[longest, columns[2]] = 1.0
+    plain = experience_of(rollout, models)
+    with_steps, _ = make_experience(
+        rollout,
+        models,
+        RewardScaler(),
+        kl_coef=0.1,
+        config=BASE,
+        tokens_per_microbatch=LIMIT,
+        step_rewards=step_rewards,
+    )
+    change = (with_steps.advantages - plain.advantages)[longest, columns]
+    expected = torch.tensor([0.81, 0.9, 1.0] + [0.0] * (len(columns) - 3))
+    assert torch.allclose(change, expected, atol=1e-5)
+
+
+def test_ptx_adds_its_gradient_to_that_of_the_policy_loss(models, rollout):
+    experience = experience_of(rollout, models)
+    dialogue = DialogueRow(tuple(range(3, 15)), (False,) * 4 + (True,) * 8, (), 0, 1)
+    config = BASE.model_copy(update={"ptx_coef": 0.7})
+    _, alone = policy_gradient(models, experience, BASE)
+    stats, mixed = policy_gradient(models, experience, config, [dialogue])
+    loss = language_model_gradients(models.policy, [dialogue], LIMIT)
+    assert stats["ptx_loss"] == pytest.approx(loss, rel=1e-5)
+    assert torch.allclose(mixed, alone + 0.7 * gradient(models.policy), atol=1e-6)
+
+
+def test_entropy_bonus_raises_entropy_and_its_target_turns_the_sign(models, rollout):
+    experience = experience_of(rollout, models)
+    _, plain = policy_gradient(models, experience, BASE)
+    bonus = BASE.model_copy(update={"entropy_coef": 0.1})
+    stats, with_bonus = policy_gradient(models, experience, bonus)
+    _, above = policy_gradient(models, experience, bonus.model_copy(update={"entropy_target": stats["entropy"] - 0.1}))
+    _, below = policy_gradient(models, experience, bonus.model_copy(update={"entropy_target": stats["entropy"] + 0.1}))
+    assert torch.allclose(below, with_bonus, atol=1e-7)
+    assert torch.allclose(above - plain, -(with_bonus - plain), atol=1e-6)
+    assert not torch.allclose(with_bonus, plain, atol=1e-4)
+
+
+def test_advantages_are_whitened_per_minibatch_then_clipped(models, rollout):
+    experience = take(experience_of(rollout, models), torch.tensor([0, 2, 5]))
+    mask = experience.rollout.response_mask
+    config = BASE.model_copy(update={"advantage_norm": True, "advantage_clip": 0.5})
+    kept = prepare_advantages(experience.advantages, mask, config.model_copy(update={"advantage_clip": None}))[mask]
+    assert kept.mean().item() == pytest.approx(0, abs=1e-6)
+    assert kept.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    clipped = prepare_advantages(experience.advantages, mask, config)
+    assert clipped.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("tokens_per_microbatch", [16, 40, 4096])
+def test_losses_and_gradients_do_not_depend_on_the_microbatch(models, rollout, tokens_per_microbatch):
+    experience = experience_of(rollout, models)
+    expected, expected_gradient = policy_gradient(models, experience, BASE)
+    weights = rollout.response_mask.float() / rollout.response_mask.sum()
+    settings = UpdateSettings(BASE, RunConfig().optim, tokens_per_microbatch)
+    stats = ppo_update._policy_gradients(models.policy, experience, rollout.response_mask, weights, (), settings)
+    assert stats == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert torch.allclose(gradient(models.policy), expected_gradient, atol=1e-6)
+
+
+def test_update_moves_policy_and_critic_and_counts_steps(models, rollout):
+    experience = experience_of(rollout, models)
+    before = [token_values(models.critic, rollout, tokens_per_microbatch=LIMIT), models.policy.stage]
+    weights = [p.detach().clone() for p in models.policy.stage.parameters()]
+    counter = StepCounter(0, 10, 0)
+    config = BASE.model_copy(update={"epochs": 2})
+    stats = update(models.policy, models.critic, experience, None, settings_for(config), counter, torch.Generator())
+    assert counter.step == 4
+    assert stats["optimizer_steps"] == 4
+    assert all(math.isfinite(value) for value in stats.values())
+    assert any(not torch.equal(a, b) for a, b in zip(weights, models.policy.stage.parameters(), strict=True))
+    assert not torch.equal(before[0], token_values(models.critic, rollout, tokens_per_microbatch=LIMIT))
+
+
+def test_critic_pretraining_leaves_the_policy_alone(models, rollout):
+    experience = experience_of(rollout, models)
+    weights = [p.detach().clone() for p in models.policy.stage.parameters()]
+    update(None, models.critic, experience, None, settings_for(BASE), StepCounter(0, 10, 0), torch.Generator())
+    assert all(torch.equal(a, b) for a, b in zip(weights, models.policy.stage.parameters(), strict=True))
+
+
+def test_target_kl_ends_the_epochs_before_the_step(models, rollout):
+    experience = experience_of(rollout, models)
+    far = replace(experience, old_logprobs=experience.old_logprobs - 1.0 * rollout.response_mask)
+    counter = StepCounter(0, 10, 0)
+    config = BASE.model_copy(update={"target_kl": 0.01, "epochs": 3})
+    stats = update(models.policy, models.critic, far, None, settings_for(config), counter, torch.Generator())
+    assert counter.step == 0
+    assert stats == {"optimizer_steps": 0.0}
+
+
+def test_a_minibatch_without_kept_tokens_changes_nothing_but_the_count(models, rollout):
+    nothing = replace(rollout, finished=torch.zeros(6, dtype=torch.bool))
+    experience = experience_of(nothing, models)
+    config = BASE.model_copy(update={"mask_no_eos": True})
+    stats, grads = policy_gradient(models, experience, config)
+    assert stats["policy_loss"] == 0
+    assert not grads.any()
+
+
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(models, rollout):
+    experience = experience_of(rollout, models)
+    broken = replace(experience, advantages=experience.advantages * float("nan"))
+    weights = [p.detach().clone() for p in models.policy.stage.parameters()]
+    counter = StepCounter(0, 10, 1, last_good="runs/x/checkpoints/step_00000007")
+    with pytest.raises(DivergedError, match=r"optimizer step 2: policy_\w+ is nan .*step_00000007"):
+        update(models.policy, models.critic, broken, None, settings_for(BASE), counter, torch.Generator())
+    assert all(torch.equal(a, b) for a, b in zip(weights, models.policy.stage.parameters(), strict=True))
+
+
+def test_summary_reports_the_mean_k1_kl_and_the_true_perplexity(models, rollout):
+    experience = experience_of(rollout, models)
+    metrics = summary(experience)
+    mask = rollout.response_mask
+    assert metrics["kl"] == pytest.approx((experience.logprobs - experience.ref_logprobs)[mask].mean().item(), rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(-experience.logprobs[mask].mean().item()), rel=1e-5)
+    assert metrics["sampler_mismatch_max"] < 5e-5
