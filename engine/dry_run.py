@@ -1,6 +1,7 @@
 """What `--dry-run` checks beyond the configuration: that tokenizer and data can be read and the models be split."""
 
-from ppomax.engine.config import ROLES, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_checks import MODELS_READ
 from ppomax.engine.data.chat import make_template
 from ppomax.engine.data.datasets import load_dialogues, load_pairs, load_prompts
 from ppomax.engine.data.tokenizer import load_tokenizer
@@ -27,7 +28,7 @@ def check_inputs(config: RunConfig, command: str) -> list[str]:
         else:
             summary = load_prompts(data, sources, template, max_prompt_tokens=limit).summary()
         lines.append(f"data.{key}: {summary}")
-    for role in ROLES:
+    for role in MODELS_READ[command]:
         folder = getattr(model, role)
         if folder:
             layout = getattr(config.parallel, role)
