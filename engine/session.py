@@ -1,17 +1,18 @@
 """What every stage needs before its own work: device, process groups, tokenizer, template, log; and a clean end."""
 
 import contextlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ppomax.engine.checkpoint import find_checkpoint
+from ppomax.engine.checkpoint import find_checkpoint, save_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
+from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.metrics import RunLog
@@ -22,6 +23,9 @@ from ppomax.engine.models.transformer import DTYPES
 from ppomax.engine.parallel.collectives import raise_on_all
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups
+from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.steps import StepCounter
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,35 @@ def checkpoint_folder(config: RunConfig) -> str:
     return str(Path(config.train.output) / "checkpoints")
 
 
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def save_if_due(
+    session: Session, step: int, roles: Mapping[str, Role], state: Mapping[str, Any], counter: StepCounter
+) -> None:
+    """Writes a checkpoint after every checkpoint.every steps. Collective over all ranks."""
+    config = session.config
+    if is_due(config.checkpoint.every, step):
+        path = save_checkpoint(checkpoint_folder(config), step, roles, state, keep=config.checkpoint.keep)
+        counter.last_good = str(path)
+
+
+def sample(session: Session, policy: Role, rows: Sequence[PromptRow], step: int) -> Rollout:
+    """One response to each prompt, with the run's sampling settings; its noise is fixed by train.seed and the step."""
+    config, tokenizer = session.config, session.tokenizer
+    return generate(
+        policy,
+        [row.tokens for row in rows],
+        config.sampling,
+        seeds=request_seeds(config.train.seed, step, len(rows)),
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        max_length=config.data.max_length,
+    )
+
+
 def export(session: Session, role: Role, name: str, *, shape: ModelShape | None = None) -> str:
     """Writes a role as a Hugging Face folder train.output/`name`. Collective over the role's ranks."""
     folder = str(Path(session.config.train.output) / name)
@@ -75,8 +108,3 @@ def export(session: Session, role: Role, name: str, *, shape: ModelShape | None 
     )
     session.log.say(f"wrote {folder}")
     return folder
-
-
-def generator_state(generator: torch.Generator) -> list[int]:
-    """A generator's state as JSON can hold it."""
-    return json.loads(json.dumps(generator.get_state().tolist()))

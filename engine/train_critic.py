@@ -4,15 +4,14 @@ rewards.
 
 import torch
 
-from ppomax.engine.checkpoint import load_checkpoint, save_checkpoint
+from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
 from ppomax.engine.models.roles import load_critic, load_role
 from ppomax.engine.ppo.experience import Models, make_experience, summary
 from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.update import UpdateSettings, update
-from ppomax.engine.rollout.generate import generate, request_seeds
-from ppomax.engine.session import checkpoint_folder, export, open_session
+from ppomax.engine.session import export, open_session, sample, save_if_due
 from ppomax.engine.steps import StepCounter
 
 
@@ -48,15 +47,7 @@ def run(config: RunConfig) -> None:
         order = prompts.order(config.train.seed)
         while step < config.train.steps:
             rows = prompts.take(order, step * ppo.rollout_size, ppo.rollout_size)
-            rollout = generate(
-                policy,
-                [row.tokens for row in rows],
-                config.sampling,
-                seeds=request_seeds(config.train.seed, step, len(rows)),
-                eos_id=session.tokenizer.eos_id,
-                pad_id=session.tokenizer.pad_id,
-                max_length=config.data.max_length,
-            )
+            rollout = sample(session, policy, rows, step)
             experience, scaler = make_experience(
                 rollout,
                 models,
@@ -69,12 +60,8 @@ def run(config: RunConfig) -> None:
             stats = update(None, critic, experience, None, settings, counter, generator)
             step += 1
             session.log.step(step, config.train.steps, summary(experience) | stats)
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
-                state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
-                folder = checkpoint_folder(config)
-                counter.last_good = str(
-                    save_checkpoint(folder, step, {"critic": critic}, state, keep=config.checkpoint.keep)
-                )
+            state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
+            save_if_due(session, step, {"critic": critic}, state, counter)
             if stats["value_loss"] < config.critic.stop_loss:
                 session.log.say(
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"

@@ -6,16 +6,15 @@ from typing import Any
 
 import torch
 
-from ppomax.engine.checkpoint import load_checkpoint, save_checkpoint
+from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
 from ppomax.engine.models.roles import load_critic, load_role
-from ppomax.engine.ppo.evaluation import evaluate_policy
+from ppomax.engine.ppo.evaluation import EVALUATION_STEP, evaluate_policy
 from ppomax.engine.ppo.experience import Models, make_experience, summary
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
 from ppomax.engine.ppo.update import UpdateSettings, update
-from ppomax.engine.rollout.generate import generate, request_seeds
-from ppomax.engine.session import Session, checkpoint_folder, export, open_session
+from ppomax.engine.session import Session, export, is_due, open_session, sample, save_if_due
 from ppomax.engine.steps import StepCounter
 
 
@@ -66,15 +65,7 @@ def run(config: RunConfig) -> None:
             _evaluate(session, models, held_out, 0)
         while state.step < train.steps:
             rows = prompts.take(order, state.step * ppo.rollout_size, ppo.rollout_size)
-            rollout = generate(
-                models.policy,
-                [row.tokens for row in rows],
-                config.sampling,
-                seeds=request_seeds(train.seed, state.step, len(rows)),
-                eos_id=session.tokenizer.eos_id,
-                pad_id=session.tokenizer.pad_id,
-                max_length=config.data.max_length,
-            )
+            rollout = sample(session, models.policy, rows, state.step)
             experience, scaler = make_experience(
                 rollout,
                 models,
@@ -96,12 +87,9 @@ def run(config: RunConfig) -> None:
             )
             session.log.step(state.step, train.steps, metrics)
             is_last = state.step == train.steps
-            if held_out and (is_last or (config.monitor.eval_every and state.step % config.monitor.eval_every == 0)):
+            if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
                 _evaluate(session, models, held_out, state.step)
-            if config.checkpoint.every and state.step % config.checkpoint.every == 0:
-                folder = checkpoint_folder(config)
-                path = save_checkpoint(folder, state.step, trained, state.to_json(), keep=config.checkpoint.keep)
-                counter.last_good = str(path)
+            save_if_due(session, state.step, trained, state.to_json(), counter)
         export(session, models.policy, "hf")
         export(session, models.critic, "critic_hf")
 
@@ -142,14 +130,8 @@ def _prompts(session: Session, sources: Any) -> Dataset[PromptRow]:
 
 def _evaluate(session: Session, models: Models, prompts: tuple[PromptRow, ...], step: int) -> None:
     """Held-out evaluation: a line of metrics.jsonl and samples_N.jsonl."""
-    result = evaluate_policy(
-        models.policy,
-        models.reward,
-        models.reference,
-        prompts,
-        session.config,
-        session.tokenizer,
-        session.template,
-    )
+    rollout = sample(session, models.policy, prompts, EVALUATION_STEP)
+    roles = (models.policy, models.reward, models.reference)
+    result = evaluate_policy(*roles, prompts, rollout, session.config.train, session.template)
     session.log.evaluation(step, result.metrics)
     session.log.write_lines(f"samples_{step:06d}.jsonl", result.samples[: session.config.monitor.num_samples])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ppomax.engine.checkpoint import load_checkpoint, save_checkpoint
+from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RewardConfig, RunConfig
 from ppomax.engine.data.batches import Pack, Rows
 from ppomax.engine.data.datasets import Dataset, PairRow, load_pairs
@@ -19,7 +19,7 @@ from ppomax.engine.models.roles import Role, as_scalar, grouped_packs, load_poli
 from ppomax.engine.parallel.pipeline import run_forward_backward
 from ppomax.engine.ppo.evaluation import PairAccuracy, pair_accuracy, pair_sequences
 from ppomax.engine.ppo.scoring import head_logprobs
-from ppomax.engine.session import Session, checkpoint_folder, export, open_session
+from ppomax.engine.session import Session, export, is_due, open_session, save_if_due
 from ppomax.engine.steps import StepCounter, apply_gradients, zero_gradients
 
 
@@ -39,20 +39,13 @@ def run(config: RunConfig) -> None:
             counter.step = load_checkpoint(session.resume, {"reward": model})["step"]
             counter.last_good = str(session.resume)
         while counter.step < len(batches):
-            losses = reward_gradients(model, batches[counter.step], config)
+            pairs = batches[counter.step]
+            losses = reward_gradients(model, pairs, config)
             stats = apply_gradients([(model, config.optim.lr)], losses, config.optim, counter)
-            session.log.step(counter.step, len(batches), stats | {"pairs": float(len(batches[counter.step - 1]))})
-            if held_out and config.monitor.eval_every and counter.step % config.monitor.eval_every == 0:
+            session.log.step(counter.step, len(batches), stats | {"pairs": float(len(pairs))})
+            if held_out and is_due(config.monitor.eval_every, counter.step):
                 session.log.evaluation(counter.step, pair_accuracy(model, held_out, config.train).metrics())
-            if config.checkpoint.every and counter.step % config.checkpoint.every == 0:
-                path = save_checkpoint(
-                    checkpoint_folder(config),
-                    counter.step,
-                    {"reward": model},
-                    {"step": counter.step},
-                    keep=config.checkpoint.keep,
-                )
-                counter.last_good = str(path)
+            save_if_due(session, counter.step, {"reward": model}, {"step": counter.step}, counter)
         if held_out:
             result = pair_accuracy(model, held_out, config.train)
             session.log.evaluation(counter.step, result.metrics())

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import RunConfig, TrainConfig
+from ppomax.engine.config import TrainConfig
 from ppomax.engine.data.batches import unpad
 from ppomax.engine.data.chat import Template
 from ppomax.engine.data.datasets import PairRow, PromptRow
-from ppomax.engine.data.tokenizer import Tokenizer
 from ppomax.engine.models.roles import Role
 from ppomax.engine.ppo.scoring import sequence_scores, token_logprobs
 from ppomax.engine.ppo.types import Rollout
-from ppomax.engine.rollout.generate import generate, request_seeds
 
 EVALUATION_STEP = -1
 """The step number of evaluation in request seeds: every evaluation of a run draws the same noise."""
@@ -60,24 +58,15 @@ def evaluate_policy(
     reward: Role,
     reference: Role | None,
     prompts: Sequence[PromptRow],
-    config: RunConfig,
-    tokenizer: Tokenizer,
+    rollout: Rollout,
+    train: TrainConfig,
     template: Template,
 ) -> PolicyEvaluation:
-    """Samples one response to each prompt with the run's sampling settings and scores it (raw scores).
+    """Scores sampled responses to held-out prompts (raw scores).
 
     reference: the KL is measured against it; None leaves it out. Collective over all ranks of the roles.
     """
-    rollout = generate(
-        policy,
-        [row.tokens for row in prompts],
-        config.sampling,
-        seeds=request_seeds(config.train.seed, EVALUATION_STEP, len(prompts)),
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        max_length=config.data.max_length,
-    )
-    limit = config.train.tokens_per_microbatch
+    limit = train.tokens_per_microbatch
     sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
     scores = sequence_scores(reward, sequences, tokens_per_microbatch=limit)
     logprobs, entropy = token_logprobs(policy, rollout, tokens_per_microbatch=limit)
