@@ -1,10 +1,21 @@
 """Draws the next token of every request; seed and position fix the draw, whatever the batch and group size."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ppomax.kernels.dispatch import implementation
 from ppomax.kernels.shards import gather_shards
+
+
+class Draw(NamedTuple):
+    """tokens [R] int64; logprobs [R] float32, nats; margins [R] float32 (see `sample_with_margins`)."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    margins: Tensor
 
 
 def sample(
@@ -16,10 +27,39 @@ def sample(
     repetition_penalty: float,
     seen: Tensor | None,
     seeds: Tensor,
+    positions: Tensor | None = None,
+    tp_group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(tokens [R], logprobs [R]) of `sample_with_margins`; positions unset: 0, the seed alone fixes the noise."""
+    draw = sample_with_margins(
+        logits,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seen=seen,
+        seeds=seeds,
+        positions=torch.zeros_like(seeds) if positions is None else positions,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+    )
+    return draw.tokens, draw.logprobs
+
+
+def sample_with_margins(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    repetition_penalty: float,
+    seen: Tensor | None,
+    seeds: Tensor,
     positions: Tensor,
     tp_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Draw:
     """One token per request: repetition penalty, temperature, top-k, top-p, then a draw by the Gumbel-max rule.
 
     logits [R, V/tp] float: this rank's contiguous block of the vocabulary, in rank order of tp_group.
@@ -30,7 +70,7 @@ def sample(
     seen [R, vocab] bool: tokens to penalise, over the whole vocabulary; None: none.
     seeds, positions [R] int64: key of the noise, with the token id; a request keeps its seed and counts its positions.
     vocab_size: ids >= vocab_size are padding and never drawn. Unset: there are none.
-    Returns tokens [R] int64; logprobs [R] float32, nats, of the unmodified T = 1 distribution; margin [R] float32, by
+    Returns tokens [R] int64; logprobs [R] float32, nats, of the unmodified T = 1 distribution; margins [R] float32, by
     how much the winning score beats the next (infinite if there is none): a draw with a small margin may come out
     differently from logits computed in another order.
     Every rank of tp_group must call it and gets the same result.
@@ -53,13 +93,15 @@ def sample(
         raise ValueError(
             f"sample: seen {tuple(seen.shape)} must cover {tuple(whole.shape)}, all requests and token ids"
         )
-    return compute.sample(
-        whole,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seen=seen,
-        seeds=seeds,
-        positions=positions,
+    return Draw(
+        *compute.sample(
+            whole,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seen=seen,
+            seeds=seeds,
+            positions=positions,
+        )
     )

@@ -28,7 +28,7 @@ from ppomax.engine.parallel.stages import (
 )
 from ppomax.engine.ppo.types import Rollout, response_mask
 from ppomax.engine.rollout.kv_cache import Slots, decode, prefill
-from ppomax.kernels.sampling import sample
+from ppomax.kernels.sampling import sample_with_margins
 
 PREFILL_TOKENS = 8192
 """Prompts that start together have at most this many tokens, to bound activations (a single prompt may have more)."""
@@ -221,7 +221,7 @@ def _draw(
     # Token ids, too, are exact in float64: one broadcast carries all three.
     drawn = torch.zeros(3, requests.numel(), dtype=torch.float64, device=role.device)
     if hidden is not None:
-        results = sample(
+        results = sample_with_margins(
             _logits(hidden, role.stage.vocabulary_weight()),
             temperature=sampling.temperature,
             top_p=sampling.top_p,

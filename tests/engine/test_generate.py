@@ -15,7 +15,7 @@ from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.generate import generate, request_seeds
-from ppomax.kernels.sampling import sample
+from ppomax.kernels.sampling import sample_with_margins
 
 PAD, NO_EOS = 0, -1
 SHAPE = ModelShape(
@@ -103,7 +103,7 @@ def respond_without_cache(
         seen = torch.zeros(len(prompts), SHAPE.vocab_size, dtype=torch.bool)
         for row, new in zip(seen, generated, strict=True):
             row[new] = True
-        tokens, _, _ = sample(
+        tokens, _, _ = sample_with_margins(
             role.stage(pack) @ role.stage.vocabulary_weight().T,
             temperature=sampling.temperature,
             top_p=sampling.top_p,

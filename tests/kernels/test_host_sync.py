@@ -14,7 +14,7 @@ from ppomax.kernels.logprobs import token_logprobs
 from ppomax.kernels.policy_loss import policy_loss
 from ppomax.kernels.rms_norm import rms_norm
 from ppomax.kernels.rope import rope
-from ppomax.kernels.sampling import sample
+from ppomax.kernels.sampling import sample_with_margins
 from ppomax.kernels.swiglu import swiglu
 from ppomax.kernels.value_loss import value_loss
 from ppomax.kernels.whiten import Moments, masked_moments, merge_moments, whiten
@@ -56,7 +56,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "whiten": lambda: whiten(x(N, H), mask(N, H), moments=merge_moments(moments(), moments())),
     "policy_loss": lambda: policy_loss(x(N), *constants(3, N), clip=0.2, dual_clip=3.0).loss,
     "value_loss": lambda: value_loss(x(N), *constants(3, N), clip=0.2).loss,
-    "sample": lambda: sample(x(N, V), seen=mask(N, V), seeds=ids(N), positions=ids(N), **SAMPLING),
+    "sample": lambda: sample_with_margins(x(N, V), seen=mask(N, V), seeds=ids(N), positions=ids(N), **SAMPLING),
     "rms_norm": lambda: rms_norm(x(N, H), x(H), eps=1e-6),
     "rope": lambda: rope(x(N, 2, H), *constants(2, N, H // 2)),
     "swiglu": lambda: swiglu(x(N, H)),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ppomax.kernels.philox import WORD, philox_4x32_10, token_uniforms, unit_interval
-from ppomax.kernels.sampling import sample
+from ppomax.kernels.sampling import sample, sample_with_margins
 from ppomax.kernels.sampling_reference import filtered
 
 
@@ -34,7 +34,7 @@ def draw(logits: Tensor, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
     R = logits.shape[0]
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "seen": None}
     keys = {"seeds": torch.arange(R), "positions": torch.zeros(R, dtype=torch.int64)}
-    return sample(logits, **{**neutral, **keys, **changes})
+    return sample_with_margins(logits, **{**neutral, **keys, **changes})
 
 
 def chi_square(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
@@ -255,3 +255,13 @@ def test_wrong_arguments_are_named() -> None:
         draw(logits, seeds=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="must cover"):
         draw(logits, seen=torch.zeros(2, 4, dtype=torch.bool), repetition_penalty=1.1)
+
+
+def test_sample_without_positions_is_the_draw_at_position_0():
+    logits = torch.randn(5, 33, generator=torch.Generator().manual_seed(0))
+    keys = {"temperature": 0.7, "top_p": 0.9, "top_k": 8, "repetition_penalty": 1.2, "seen": None}
+    seeds = torch.arange(5) * 977
+    tokens, logprobs = sample(logits, seeds=seeds, **keys)
+    draw = sample_with_margins(logits, seeds=seeds, positions=torch.zeros(5, dtype=torch.int64), **keys)
+    assert torch.equal(tokens, draw.tokens)
+    assert torch.equal(logprobs, draw.logprobs)

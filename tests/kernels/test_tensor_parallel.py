@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from ppomax.kernels.linear_logprobs import linear_full_kl, linear_logprobs, linear_policy_loss
 from ppomax.kernels.logprobs import token_logprobs
-from ppomax.kernels.sampling import sample
+from ppomax.kernels.sampling import sample_with_margins
 
 pytestmark = pytest.mark.dist
 
@@ -89,7 +89,7 @@ def results(case: dict[str, Tensor], tp_group: ProcessGroup | None) -> dict[str,
         **common,
     )
     rows = case["mask"].nonzero().flatten()
-    saved["sample"] = sample(
+    saved["sample"] = sample_with_margins(
         case["logits"][rows][:, shard],
         temperature=0.8,
         top_p=0.9,

@@ -1,0 +1,140 @@
+"""A tiny world for tests that run whole stages: models in Hugging Face folders, a tokenizer, data files, configurations."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from ppomax.engine.models.hf_config import config_json
+from ppomax.engine.models.hf_reader import RandomReader
+from ppomax.engine.models.shape import ModelShape
+
+BOS, EOS, PAD = 274, 275, 276
+LIKELY_BYTES = slice(64, 74)  # "abcdefghij": a byte-level vocabulary starts with "!"
+SEEDS = {"policy": 1, "reward": 2, "critic": 3}
+# 277 tokens: padded at every tp > 1. Four layers, two query heads per key / value head.
+SHAPE = ModelShape(
+    vocab_size=277,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_query_groups=2,
+    head_dim=8,
+    ffn_hidden_size=48,
+    max_position_embeddings=128,
+    rope_theta=10000.0,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+)
+
+
+class Tiny:
+    """Folders and files, made once per session; `config` gives what `RunConfig.model_validate` takes.
+
+    Texts are ragged: from 1 to 40 characters, two or four turns.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.tokenizer = _tokenizer()
+        draw = random.Random(0)
+        self._write("prompts.jsonl", [{"prompt": _text(draw)} for _ in range(40)])
+        self._write("dialogues.jsonl", [{"messages": _turns(draw)} for _ in range(40)])
+        self._write("pairs.jsonl", [_pair(draw) for _ in range(40)])
+
+    def path(self, name: str) -> str:
+        return str(self.root / name)
+
+    def model(self, name: str, *, tied: bool = False) -> str:
+        """The folder of a random model: "policy" has a vocabulary head, "reward" and "critic" a scalar head."""
+        shape = replace(SHAPE, tie_embeddings=tied and name == "policy", scalar=name != "policy")
+        folder = self.root / (f"{name}_tied" if shape.tie_embeddings else name)
+        if not folder.exists():
+            folder.mkdir()
+            reader = RandomReader(shape, seed=SEEDS[name], std=0.12)
+            weights = {weight: reader.read(weight).contiguous() for weight in reader.sizes}
+            _prefer_likely_tokens(weights)
+            save_file(weights, folder / "model.safetensors")
+            config = config_json(shape, dtype="float32", bos_id=BOS, eos_id=EOS, pad_id=PAD)
+            (folder / "config.json").write_text(json.dumps(config))
+            self.tokenizer.save(str(folder / "tokenizer.json"))
+        return str(folder)
+
+    def config(self, stage: str, output: Path, *, tied: bool = False, **overrides: dict[str, Any]) -> dict[str, Any]:
+        """A few optimizer steps of a stage. overrides: sections, merged into those made here."""
+        data = {"sft": "dialogues", "reward": "pairs", "critic": "prompts", "ppo": "prompts"}[stage]
+        sections: dict[str, dict[str, Any]] = {
+            "model": {"policy": self.model("policy", tied=tied)},
+            "data": {"train": self.path(f"{data}.jsonl"), "max_length": 128},
+            "optim": {"lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
+            "train": {"output": str(output), "steps": 3, "batch_size": 5, "tokens_per_microbatch": 200},
+        }
+        if stage in ("sft", "reward"):
+            sections["data"]["eval"] = self.path(f"{data}.jsonl")
+            sections["reward"] = {"tokens_per_batch": 500, "lm_coef": 0.5}
+        else:
+            sections["model"] |= {"reward": self.model("reward"), "critic": self.model("critic")}
+            sections["train"]["steps"] = 2
+            sections["sampling"] = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95}
+            sections["ppo"] = {"rollout_size": 12, "minibatch_size": 6, "epochs": 2}
+        if stage == "ppo":
+            sections["data"]["ptx"] = self.path("dialogues.jsonl")
+            sections["ppo"] |= {"ptx_coef": 0.5, "ptx_ratio": 0.5, "entropy_coef": 0.01, "advantage_norm": True}
+        for name, values in overrides.items():
+            sections[name] = {**sections.get(name, {}), **values}
+        return sections
+
+    def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        (self.root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _prefer_likely_tokens(weights: dict[str, Tensor]) -> None:
+    """Makes the first hidden unit always positive, and the head read lower-case letters and EOS from it."""
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[:, 0] += 2
+    head = weights.get("lm_head.weight", embedding)
+    head[LIKELY_BYTES, 0] += 0.8
+    head[EOS, 0] += 1.4
+
+
+def _text(draw: random.Random) -> str:
+    """Long texts are of likely letters, short ones of unlikely letters: losses per token differ from text to text."""
+    length = draw.randint(1, 40)
+    return "".join(draw.choice("abcdefghij" if length > 15 else "KLMNOPQRST") for _ in range(length))
+
+
+def _turns(draw: random.Random) -> list[dict[str, str]]:
+    """Long answers to short questions, and the other way round."""
+    texts = sorted((_text(draw) for _ in range(draw.choice((2, 2, 4)))), key=len, reverse=draw.random() < 0.5)
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def _pair(draw: random.Random) -> dict[str, str]:
+    (question, answer), (_, other) = ([turn["content"] for turn in _turns(draw)[-2:]] for _ in range(2))
+    prompt = f"\n\nHuman: {question}\n\nAssistant: "
+    return {"chosen": f"{prompt}{answer}y", "rejected": f"{prompt}{other}n"}
+
+
+def _tokenizer() -> Tokenizer:
+    """All bytes, 18 merges that spell the role markers, three special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=BOS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["Human: Assistant: abcdefghij"] * 20, trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>", "<pad>")])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    torch.set_num_threads(1)
+    return Tiny(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,304 @@
+"""Every stage gives the numbers of one process under every layout: losses, gradient norms, rollouts and final weights.
+
+Each run is a stage's real `run(config)` from Hugging Face folders and data files to the exported folder, on the pool's workers.
+The cases are ragged on purpose: a mean of per-rank or per-micro-batch means is wrong in them, and is caught (last tests).
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytestmark = pytest.mark.dist
+
+STAGES = ("sft", "reward", "critic", "ppo")
+RELATIVE = 1e-5
+NEAR_TIE = 1e-5
+WEIGHT_SHARE = 0.05
+"""Of lr * steps: Adam makes a full step of what little noise a vanishing gradient has."""
+PASS_THROUGH_ZERO = dict.fromkeys(("policy_loss", "approx_kl", "kl", "kl_estimate", "advantage_mean"), 2e-6)
+"""Absolute tolerances of means whose terms, of size 1, cancel."""
+NOISE = {"sampler_mismatch_mean": 1e-5, "sampler_mismatch_max": 1e-4}
+"""Bounds of what is rounding noise itself."""
+
+MEGATRON = {
+    "megatron.core.distributed.distributed_data_parallel.DistributedDataParallel",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
+}
+SCHEDULES = "megatron.core.pipeline_parallel.schedules."
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a stage is spread. tied: the policy shares its embedding with its head; compared with one process that does too."""
+
+    num_ranks: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    tokens_per_microbatch: int = 200
+    tied: bool = False
+
+
+CASES = {
+    "tp2_pp2": Case(4, {"tp": 2, "pp": 2}),
+    "dp2": Case(2),
+    "tp2_sequence_parallel": Case(2, {"tp": 2, "sequence_parallel": True}),
+    "pp2_tied": Case(2, {"pp": 2}, tied=True),
+    "small_microbatches": Case(1, tokens_per_microbatch=100),
+}
+MIXED = Case(
+    4,
+    {
+        "policy": {"tp": 2, "pp": 2},
+        "critic": {"tp": 1, "pp": 1},
+        "reference": {"tp": 2, "pp": 1},
+        "reward": {"tp": 1, "pp": 2},
+    },
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run wrote, and what its ranks saw. steps: the metrics of each optimizer step."""
+
+    steps: list[dict[str, float]]
+    rollouts: list[dict[str, Tensor]]
+    classes: set[str]
+    schedules: set[str]
+    metrics: list[dict[str, Any]]
+    weights: dict[str, Tensor]
+
+
+Runner = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def run(on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    """run(stage, case, mutation="", **overrides); a run without overrides happens once."""
+    done: dict[Any, Run] = {}
+
+    def run_case(stage: str, case: Case, *, mutation: str = "", **overrides: dict[str, Any]) -> Run:
+        key = (stage, repr(case), mutation, repr(overrides))
+        if key not in done:
+            output = tmp_path_factory.mktemp(stage) / "run"
+            train = {"tokens_per_microbatch": case.tokens_per_microbatch, **overrides.pop("train", {})}
+            config = tiny.config(stage, output, tied=case.tied, parallel=case.parallel, train=train, **overrides)
+            first, *others = on_ranks(case.num_ranks, traced_run, stage, config, mutation)
+            for other in others:
+                assert other["steps"] == first["steps"], "ranks have different metrics"
+            lines = (output / "metrics.jsonl").read_text().splitlines()
+            files = sorted(output.glob("*hf/*.safetensors"))
+            weights = {f"{file.parent.name} {name}": x for file in files for name, x in load_file(file).items()}
+            done[key] = Run(**first, metrics=[json.loads(line) for line in lines], weights=weights)
+        return done[key]
+
+    return run_case
+
+
+def traced_run(stage: str, config: dict[str, Any], mutation: str) -> dict[str, Any]:
+    """On a worker: the stage, while what it calls is recorded."""
+    from ppomax.engine.config import RunConfig
+
+    modules = {name: import_module(f"ppomax.engine.{name}") for name in ("train_sft", "train_reward", "ppo.update")}
+    trace: dict[str, Any] = {"steps": [], "rollouts": [], "classes": set(), "schedules": set()}
+
+    def step(original: Callable) -> Callable:
+        def apply_gradients(trained: Any, *args: Any) -> dict[str, float]:
+            stats = original(trained, *args)
+            trace["steps"].append(stats)
+            for role, _ in trained:
+                trace["classes"] |= {full_name(type(role.module)), full_name(type(role.optimizer))}
+            return stats
+
+        return apply_gradients
+
+    def experienced(original: Callable) -> Callable:
+        def make_experience(rollout: Any, *args: Any, **kwargs: Any) -> Any:
+            trace["rollouts"].append(vars(rollout))
+            return original(rollout, *args, **kwargs)
+
+        return make_experience
+
+    def scheduled(original: Callable) -> Callable:
+        def get_forward_backward_func(**kwargs: Any) -> Callable:
+            schedule = original(**kwargs)
+            trace["schedules"].add(full_name(schedule))
+            return schedule
+
+        return get_forward_backward_func
+
+    with contextlib.ExitStack() as patches:
+
+        def wrap(module: ModuleType, name: str, wrapper: Callable) -> None:
+            patches.enter_context(patch.object(module, name, wrapper(getattr(module, name))))
+
+        for module in modules.values():
+            wrap(module, "apply_gradients", step)
+        for name in ("train_critic", "train_ppo"):
+            wrap(import_module(f"ppomax.engine.{name}"), "make_experience", experienced)
+        wrap(import_module("ppomax.engine.parallel.pipeline"), "get_forward_backward_func", scheduled)
+        if mutation:
+            for module in (import_module("ppomax.engine.steps"), modules["train_reward"], modules["ppo.update"]):
+                wrap(module, "run_forward_backward", lambda original: mean_of_means(original, mutation))
+        import_module(f"ppomax.engine.train_{stage}").run(RunConfig.model_validate(config))
+    return trace
+
+
+def full_name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def mean_of_means(original: Callable, unit: str) -> Callable:
+    """The classic fault: each rank, or each micro-batch, takes the mean over its own tokens; then these means are averaged."""
+
+    def run_forward_backward(model: Any, groups: Any, packs: Any, loss: Callable, num_metrics: int) -> Tensor:
+        mine = sum(pack.rows.numel() for pack in packs)
+        total = torch.tensor(float(mine))
+        dist.all_reduce(total, group=groups.megatron.dp)
+
+        def faulty(hidden: Tensor, pack: Any) -> tuple[Tensor, Tensor]:
+            value, metrics = loss(hidden, pack)
+            own = mine if unit == "rank" else len(packs) * pack.rows.numel()
+            factor = float(total) / (groups.layout.dp * max(1, own))
+            return value * factor, metrics * factor
+
+        return original(model, groups, packs, faulty, num_metrics)
+
+    return run_forward_backward
+
+
+def one_process(case: Case) -> Case:
+    return Case(1, tied=case.tied)
+
+
+def assert_same_run(found: Run, expected: Run, *, lr: float = 1e-3) -> dict[str, float]:
+    """Compares two runs; returns the largest differences. A tie in sampling ends the comparison at its rollout."""
+    num_steps = len(expected.steps)
+    num_same = num_same_rollouts(found.rollouts, expected.rollouts)
+    complete = num_same == len(expected.rollouts)
+    if not complete:
+        num_steps = num_steps * num_same // len(expected.rollouts)
+    assert len(found.steps) == len(expected.steps)
+    worst = {"loss": 0.0, "grad_norm": 0.0}
+    records = [*zip(found.steps[:num_steps], expected.steps[:num_steps], strict=True)]
+    if complete:
+        records += zip(found.metrics, expected.metrics, strict=True)
+    for number, (ours, theirs) in enumerate(records):
+        assert ours.keys() == theirs.keys()
+        for name in theirs.keys() - {"seconds", "kind"}:
+            where = f"record {number}, {name}: {ours[name]} instead of {theirs[name]}"
+            if name in NOISE:
+                assert max(abs(ours[name]), abs(theirs[name])) < NOISE[name], where
+                continue
+            difference = abs(ours[name] - theirs[name])
+            assert difference <= RELATIVE * abs(theirs[name]) + PASS_THROUGH_ZERO.get(name, 0), where
+            kind = "grad_norm" if name.startswith("grad_norm") else "loss"
+            if difference and name not in PASS_THROUGH_ZERO:
+                worst[kind] = max(worst[kind], difference / abs(theirs[name]))
+    if complete:
+        worst |= compare_weights(found.weights, expected.weights, lr * num_steps)
+    return worst
+
+
+def num_same_rollouts(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> int:
+    """Rollouts before the first one that parts at a near tie, which is printed; any other difference fails."""
+    assert len(found) == len(expected)
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        width = min(ours["tokens"].shape[1], theirs["tokens"].shape[1])
+        same = ours["tokens"][:, :width] == theirs["tokens"][:, :width]
+        if same.all() and ours["tokens"].shape == theirs["tokens"].shape:
+            continue
+        for b in (~same.all(1)).nonzero().flatten().tolist():
+            column = int((~same[b]).nonzero()[0]) - 1
+            margin = float(theirs["margins"][b, column])
+            print(f"rollout {number}, prompt {b} parts in column {column}: margin {margin:.1e}")
+            assert margin <= NEAR_TIE
+        return number
+    return len(expected)
+
+
+def compare_weights(found: dict[str, Tensor], expected: dict[str, Tensor], scale: float) -> dict[str, float]:
+    assert found.keys() == expected.keys()
+    worst = {"weights_absolute": 0.0, "weights_norm": 0.0}
+    for name, theirs in expected.items():
+        difference = (found[name] - theirs).double()
+        absolute = float(difference.abs().max()) / scale
+        relative = float(difference.norm() / theirs.double().norm())
+        assert absolute <= WEIGHT_SHARE, f"{name} is off by {absolute} * lr * steps"
+        assert relative <= RELATIVE, f"{name} is off by {relative} of its norm"
+        worst = {
+            "weights_absolute": max(worst["weights_absolute"], absolute),
+            "weights_norm": max(worst["weights_norm"], relative),
+        }
+    return worst
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_stage_gives_the_numbers_of_one_process(run: Runner, stage: str, name: str) -> None:
+    case = CASES[name]
+    found, expected = run(stage, case), run(stage, one_process(case))
+    assert len(expected.steps) >= 3
+    print(stage, name, {kind: f"{value:.1e}" for kind, value in assert_same_run(found, expected).items()})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", CASES)
+def test_the_classes_at_work_are_megatrons(run: Runner, stage: str, name: str) -> None:
+    found = run(stage, CASES[name])
+    pipelined = CASES[name].parallel.get("pp", 1) > 1
+    schedule = "forward_backward_pipelining_without_interleaving" if pipelined else "forward_backward_no_pipelining"
+    assert found.classes == MEGATRON
+    assert found.schedules == {SCHEDULES + schedule}
+
+
+def test_roles_may_have_different_layouts(run: Runner) -> None:
+    print(assert_same_run(run("ppo", MIXED), run("ppo", one_process(MIXED))))
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "full_kl": {"ppo": {"kl_estimator": "full"}, "optim": {"joint_grad_clip": False}},
+    "entropy_target": {"ppo": {"entropy_target": 5.0, "dual_clip": 1.5, "mask_no_eos": True, "advantage_clip": 0.8}},
+    "importance_sampling": {"ppo": {"importance_sampling": True, "objective": "penalty", "old_logprobs": "rollout"}},
+    "recompute": {"model": {"recompute": "full"}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_ppo_give_the_numbers_of_one_process(run: Runner, tiny: Any, variant: str) -> None:
+    overrides = VARIANTS[variant]
+    found, expected = (run("ppo", case, **overrides) for case in (CASES["tp2_pp2"], one_process(CASES["tp2_pp2"])))
+    print(variant, assert_same_run(found, expected))
+
+
+def test_the_ppo_case_clips_and_is_ragged(run: Runner) -> None:
+    expected = run("ppo", Case(1))
+    assert max(stats["clip_fraction"] for stats in expected.steps) > 0.1
+    assert max(stats["value_clip_fraction"] for stats in expected.steps) > 0.1
+    assert min(stats["grad_norm"] for stats in expected.steps) > 1.0  # the gradient is clipped
+    for rollout in expected.rollouts:
+        lengths = rollout["response_mask"].sum(1)
+        assert lengths.min() < lengths.max() / 2
+        assert 0 < rollout["finished"].sum() < len(lengths)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("unit", "name"), [("rank", "dp2"), ("micro-batch", "small_microbatches")])
+def test_a_mean_of_means_is_caught(run: Runner, stage: str, unit: str, name: str) -> None:
+    loss = {"sft": "loss", "reward": "loss"}.get(stage, "value_loss")
+    expected, faulty = run(stage, Case(1)), run(stage, CASES[name], mutation=unit)
+    wrong_by = abs(faulty.steps[0][loss] / expected.steps[0][loss] - 1)
+    print(f"{stage}: mean of {unit} means is wrong by {wrong_by:.3f}")
+    assert wrong_by > 1e-2
+    with pytest.raises(AssertionError):
+        assert_same_run(faulty, expected)
