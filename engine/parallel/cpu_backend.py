@@ -65,10 +65,15 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.startswith("cuda")
 
 
+_REWRITTEN_METHODS = frozenset({torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to})
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites CUDA devices to the CPU in every torch call."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not kwargs and func not in _REWRITTEN_METHODS:
+            return func(*args)  # nearly every call: this mode stands before each torch operation
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
