@@ -18,11 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ppomax.engine.config import RunConfig
+from ppomax.engine.config_checks import check_paths
 from ppomax.engine.config_file import load_config
 from ppomax.engine.errors import ConfigError
+from ppomax.engine.parallel.layout import check_layout
 from ppomax.tools.plots import plot_recipe
 
 MARKER = "recipe.json"
+CHAINED = ("model.policy", "model.reward", "model.critic", "model.reference", "train.output")
 Gold = Callable[[Sequence[str], str], bool]
 
 
@@ -66,6 +69,12 @@ def run_recipe(
 
 def _resolve(configs: Path, output: Path, overrides: Sequence[str]) -> dict[str, tuple[str, RunConfig]]:
     """The configuration of every stage, all checked before the first one runs."""
+    chained = [override for override in overrides if override.partition("=")[0].strip() in CHAINED]
+    if chained:
+        raise ConfigError(
+            f"{', '.join(chained)}: the recipe sets the folders of its stages itself; "
+            f"give the output folder as argument, and a base model in {configs / 'sft.toml'}"
+        )
     sft, reward, critic, ppo = (output / name / "hf" for name in ("sft", "reward", "critic", "ppo"))
     stages: dict[str, tuple[str, list[str]]] = {
         "sft": ("sft", []),
@@ -83,6 +92,10 @@ def _resolve(configs: Path, output: Path, overrides: Sequence[str]) -> dict[str,
                 f"{file} is missing; the recipe needs sft, reward, critic, ppo and evaluate.toml in {configs}"
             )
         config = load_config(str(file), [*paths, f"train.output={output / name}", *overrides], command=command)
+        check_layout(config, 1)
+        # Earlier stages write the folders in `paths`; everything else that the stage reads must be there now.
+        unwritten = {path.partition("=")[0].removeprefix("model."): "" for path in paths}
+        check_paths(config.model_copy(update={"model": config.model.model_copy(update=unwritten)}), command)
         resolved[name] = (command, config)
     return resolved
 
