@@ -20,20 +20,20 @@ from ppomax.tools.quickstart_gold import ACKNOWLEDGEMENTS, DOMAINS, FRAMES, OFFE
 SEED = 20230711
 VOCAB_SIZE = 1024
 
-NUM_SFT = 1500
-NUM_PAIRS = 1200
+NUM_SFT = 1900
+NUM_PAIRS = 900
 NUM_HELDOUT_PAIRS = 256
-NUM_PROMPTS = 768
+NUM_PROMPTS = 704
 NUM_HELDOUT_PROMPTS = 256
 
 # The shares of answers in the supervised set that keep the order, and that keep to the asked thing; independent draws.
 SFT_ORDER_SHARE = 0.34
-SFT_TOPIC_SHARE = 0.92
+SFT_TOPIC_SHARE = 0.95
 
 # What the answers of a pair differ in: the order of the same sentences, the order of sentences drawn afresh, the thing
 # that the advice is about, or the order of words within a sentence.
 PAIR_KINDS = ("order", "order_fresh", "topic", "words")
-PAIR_WEIGHTS = (35, 25, 25, 15)
+PAIR_WEIGHTS = (45, 28, 12, 15)
 
 # Orders of (acknowledgement, advice, offer). The first is the rule's.
 GOOD_ORDER = (0, 1, 2)

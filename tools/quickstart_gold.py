@@ -21,63 +21,57 @@ class Domain:
 
 DOMAINS = (
     Domain(
-        things=("bread", "soup", "rice", "stew", "cake", "salad"),
+        things=("bread", "soup", "rice", "stew", "cake"),
         tips=(
             "keep the heat low",
             "add the salt at the end",
             "start with fresh water",
             "taste a little as you go",
-            "let everything rest",
         ),
     ),
     Domain(
-        things=("roses", "beans", "tulips", "carrots", "hedge", "lawn"),
+        things=("roses", "beans", "tulips", "carrots", "hedge"),
         tips=(
             "water early in the day",
             "use soft dark soil",
             "look for dry leaves",
-            "leave some room in the sun",
             "cut a little each week",
         ),
     ),
     Domain(
-        things=("piano", "guitar", "violin", "flute", "drums", "harp"),
+        things=("piano", "guitar", "violin", "flute", "drums"),
         tips=(
             "play slowly at first",
             "count the beat out loud",
             "practise a little every day",
-            "learn one short song",
             "relax your hands",
         ),
     ),
     Domain(
-        things=("chair", "lamp", "door", "clock", "fence", "shelf"),
+        things=("chair", "lamp", "door", "clock", "fence"),
         tips=(
             "measure everything twice",
             "use a small brush",
-            "sand the old paint off",
             "look for loose screws",
             "work in good light",
         ),
     ),
     Domain(
-        things=("beach", "museum", "castle", "lake", "market", "harbour"),
+        things=("beach", "museum", "castle", "lake", "market"),
         tips=(
             "leave early in the morning",
             "bring a warm jacket",
             "buy the tickets first",
-            "walk instead of driving",
             "take a good map",
         ),
     ),
     Domain(
-        things=("puppy", "kitten", "parrot", "rabbit", "pony", "hamster"),
+        things=("puppy", "kitten", "parrot", "rabbit", "pony"),
         tips=(
             "speak in a calm voice",
             "give a small treat",
             "play for a few minutes",
             "keep the room quiet",
-            "be patient every day",
         ),
     ),
 )
@@ -91,8 +85,6 @@ ACKNOWLEDGEMENTS = (
     "Oh, what a nice plan!",
     "I like that idea.",
     "Thanks for asking.",
-    "Yes, let us see.",
-    "Why not?",
 )
 
 FRAMES = (
@@ -101,15 +93,12 @@ FRAMES = (
     "As for the {thing}, just {tip}.",
     "I would {tip} for the {thing}.",
     "When it comes to the {thing}, {tip}.",
-    "It helps with the {thing} to {tip}.",
 )
 
 OFFERS = (
     "Shall I list the steps?",
     "Do you want more ideas?",
     "Just ask if you need more.",
-    "I can explain it again.",
-    "Would another tip help?",
     "Tell me how it goes.",
     "Does that sound right?",
     "Should I write it down?",
