@@ -127,12 +127,13 @@ def _stage(command: str, argv: list[str]) -> None:
         world_size = arguments.world_size
     check_layout(config, world_size)
     check_paths(config, command)
+    from ppomax.engine.dry_run import check_inputs, check_models
+
+    lines = check_models(config, command)
     if not arguments.dry_run:
         _run(command, config)
     elif _local_rank() == 0:
-        from ppomax.engine.dry_run import check_inputs
-
-        lines = check_inputs(config, command)
+        lines = check_inputs(config, command) + lines
         print(to_toml(config), end="")
         print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
 

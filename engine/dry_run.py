@@ -1,10 +1,11 @@
-"""What `--dry-run` checks beyond the configuration: that tokenizer and data can be read and the models be split."""
+"""What is checked beyond the configuration: the models before every stage, tokenizer and data for `--dry-run`."""
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.config_checks import MODELS_READ
 from ppomax.engine.data.chat import make_template
 from ppomax.engine.data.datasets import load_dialogues, load_pairs, load_prompts
 from ppomax.engine.data.tokenizer import load_tokenizer
+from ppomax.engine.errors import DoesNotFitError
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.shape import check_split
 
@@ -28,11 +29,28 @@ def check_inputs(config: RunConfig, command: str) -> list[str]:
         else:
             summary = load_prompts(data, sources, template, max_prompt_tokens=limit).summary()
         lines.append(f"data.{key}: {summary}")
+    return lines
+
+
+def check_models(config: RunConfig, command: str) -> list[str]:
+    """Reads the config.json of every model folder of the stage; returns one line per model. No ranks, no weights.
+
+    Raises CheckpointError for one that the engine cannot run, ConfigError where its layout cannot split it, and
+    DoesNotFitError where its context is shorter than data.max_length: it has learned no positions beyond.
+    """
+    lines = []
     for role in MODELS_READ[command]:
-        folder = getattr(model, role)
-        if folder:
-            layout = getattr(config.parallel, role)
-            shape = read_shape(folder)
-            check_split(shape, tp=layout.tp, pp=layout.pp)
-            lines.append(f"model.{role}: {shape.family}, {shape.num_parameters():,} parameters, {folder}")
+        folder = getattr(config.model, role)
+        if not folder:
+            continue
+        layout = getattr(config.parallel, "reward" if command == "reward" else role)
+        shape = read_shape(folder)
+        check_split(shape, tp=layout.tp, pp=layout.pp)
+        if shape.max_position_embeddings < config.data.max_length:
+            raise DoesNotFitError(
+                f"data.max_length {config.data.max_length} does not fit the context of model.{role} = {folder!r}, "
+                f"{shape.max_position_embeddings} tokens (max_position_embeddings); "
+                f"set data.max_length to at most {shape.max_position_embeddings}"
+            )
+        lines.append(f"model.{role}: {shape.family}, {shape.num_parameters():,} parameters, {folder}")
     return lines

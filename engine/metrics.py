@@ -23,6 +23,7 @@ CONSOLE = {
     "critic": ("value_loss", "reward", "explained_variance", "grad_norm"),
     "ppo": ("reward", "kl", "response_length", "perplexity", "policy_loss", "value_loss", "grad_norm"),
 }
+NEW_FOLDER = "give another folder, or remove this one"
 
 
 class RunLog:
@@ -34,10 +35,13 @@ class RunLog:
         self.started = self.last = time.perf_counter()
         if not is_writer:
             return
-        if (self.folder / "metrics.jsonl").exists() and not resumed:
+        records = self.folder / "metrics.jsonl"
+        # A run that ended before its first record (a bad row, say) left nothing that could be lost.
+        if not resumed and records.exists() and records.stat().st_size > 0:
+            if config.checkpoint.resume == "auto":
+                raise ConfigError(f"train.output {self.folder} holds a run without a checkpoint; {NEW_FOLDER}")
             raise ConfigError(
-                f"train.output {self.folder} already holds a run; give another folder, remove it, or set "
-                "checkpoint.resume=auto"
+                f"train.output {self.folder} already holds a run; {NEW_FOLDER}, or set checkpoint.resume=auto"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppomax.engine.config import ROLES, OptimConfig, RunConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
+from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.hf_checkpoint import load_weights
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
@@ -65,6 +66,8 @@ def load_role(
     scalar: a scalar head instead of the vocabulary head. extra_scalar_head: both. fresh_head: the scalar head is new
     (the folder holds a language model). trained: with gradient buffers and optimizer (Adam's eps).
     """
+    if not folder:
+        raise ConfigError(f"model.{name} is empty; set it to the Hugging Face folder of the {name} model")
     shape = read_shape(folder)
     if scalar != shape.scalar:
         shape = as_scalar(shape) if scalar else shape
