@@ -1,8 +1,8 @@
 """One long-lived pool of worker processes that all distributed tests share.
 
 Importing megatron takes seconds, so it is imported once: a parent process imports the engine and forks the workers.
-Each waits for jobs (function, arguments); a job runs on the first N workers, which find RANK, WORLD_SIZE and the address
-of a fresh store in their environment, as under torchrun. A job of one worker has none of these: a plain process.
+Each waits for jobs (function, arguments); a job runs on the first N workers, which find RANK, WORLD_SIZE and the
+address of a fresh store in their environment, as under torchrun. For a job of one worker there are none of these.
 This file is the pool and, run as a script, its processes; `conftest.py` gives tests the fixture `on_ranks`.
 """
 
@@ -39,13 +39,14 @@ class Pool:
     def __init__(self) -> None:
         self._connections: list[Connection] = []
         self._parent: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - what the workers print, as long as they live
 
     def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """What `function(*args)` returns on each of num_ranks workers that form a world of their own.
 
-        function: at the top level of its file, which the workers import by its path. Raises what the first failing worker
-        raised, with its traceback as a note; TimeoutError, with the end of what the workers printed, after `timeout` seconds.
+        function: at the top level of its file, which the workers import by its path.
+        Raises what the first failing worker raised, with its traceback as a note; after `timeout` seconds TimeoutError,
+        with the end of what the workers printed.
         """
         if not self._connections:
             self._start()
@@ -181,7 +182,9 @@ def _pickled_error(error: Exception, rank: int) -> bytes:
         answer = pickle.dumps((True, error))
         pickle.loads(answer)
     except Exception:
-        answer = pickle.dumps((True, RuntimeError(f"{type(error).__name__}: {error}\nrank {rank}:\n{traceback.format_exc()}")))
+        answer = pickle.dumps(
+            (True, RuntimeError(f"{type(error).__name__}: {error}\nrank {rank}:\n{traceback.format_exc()}"))
+        )
     return answer
 
 
