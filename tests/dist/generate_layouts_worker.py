@@ -1,9 +1,8 @@
-"""Started by torchrun from test_generate_layouts.py on four ranks: generates the same responses under many layouts.
+"""Run by test_generate_layouts.py on four ranks: generates the same responses under many layouts.
 
-Argument: the file that gets the rollouts of every rank, for test_generate_layouts.py to compare.
+`main` writes the rollouts of every rank to a file, for test_generate_layouts.py to compare.
 """
 
-import sys
 from dataclasses import replace
 
 import torch
@@ -86,7 +85,3 @@ def main(path: str) -> None:
     if dist.get_rank() == 0:
         torch.save(results, path)
     stop()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

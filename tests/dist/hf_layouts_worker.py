@@ -1,10 +1,9 @@
-"""Started by torchrun from test_hf_layouts.py: loads and exports folders under every layout of four ranks.
+"""Run by test_hf_layouts.py on four ranks: loads and exports folders under every layout of them.
 
-Each layout must compute what four replicas compute, and export bitwise what it loaded. Argument: a folder for files.
+Each layout must compute what four replicas compute, and export bitwise what it loaded. `main` takes a folder for files.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ppomax.engine.config import ModelConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
-from ppomax.engine.errors import CheckpointError
+from ppomax.engine.errors import CheckpointError, PeerFailedError
 from ppomax.engine.models import hf_writer
 from ppomax.engine.models.hf_checkpoint import load_weights, save_hf
 from ppomax.engine.models.hf_config import config_json, read_shape
@@ -128,7 +127,7 @@ def check_both_heads(root: Path, groups: dict[str, RoleGroups]) -> None:
 
 
 def check_failures(root: Path, groups: RoleGroups) -> None:
-    """What goes wrong on rank 0 is raised on every rank, leaves nothing behind, and a later export works."""
+    """What goes wrong on rank 0 ends every rank, leaves nothing behind, and a later export works."""
     model = load(SHAPE, RandomReader(SHAPE, seed=3, std=0.1), groups)
 
     def full_disk(*args: object, **kwargs: object) -> None:
@@ -147,7 +146,9 @@ def check_failures(root: Path, groups: RoleGroups) -> None:
 
 
 def assert_raises(message: str, action: Callable[[], None]) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    """On rank 0 with the message, on the others as the failure of a peer."""
+    error, message = (CheckpointError, message) if dist.get_rank() == 0 else (PeerFailedError, "another rank")
+    with pytest.raises(error, match=message):
         action()
 
 
@@ -195,7 +196,3 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) 
     assert found.keys() == wanted.keys(), f"{what}: {found.keys() ^ wanted.keys()}"
     for name, weight in wanted.items():
         assert torch.equal(found[name], weight), f"{what}: {name} changed"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

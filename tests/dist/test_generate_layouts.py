@@ -1,8 +1,6 @@
 """Four ranks generate what one process does: `generate_layouts_worker.py` runs the layouts, this file compares."""
 
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -26,27 +24,15 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory):
+def results(on_ranks, tmp_path_factory: pytest.TempPathFactory):
     """{case: one {setting: Rollout} per rank}."""
     path = tmp_path_factory.mktemp("generate") / "rollouts.pt"
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "4",
-            str(WORKER),
-            str(path),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
+    on_ranks(4, run_worker, str(path))
     return torch.load(path, weights_only=False)
+
+
+def run_worker(path: str) -> None:
+    runpy.run_path(str(WORKER))["main"](path)
 
 
 def response(rollout, b):
