@@ -34,8 +34,8 @@ test: venv ## the tests of every change
 test-all: venv ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
 
-test-gpu: venv ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+test-gpu: venv ## the tests that need a CUDA device; skipped, with the reason, where there is none
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: venv types ## ruff and mypy
 	$(BIN)/ruff check .
