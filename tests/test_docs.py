@@ -86,6 +86,13 @@ def test_every_row_of_the_paper_table_names_function_test_and_field(heading: str
         assert "`" in keys, row
 
 
+def test_every_metric_of_the_paper_document_is_written_by_the_engine() -> None:
+    sources = "".join(path.read_text() for path in ROOT.glob("engine/**/*.py"))
+    names = [name for row in table(PAPER, "## Metrics") for name in re.findall(r"`(\w+)`", row[0])]
+    assert len(names) > 20
+    assert [name for name in names if f'"{name}"' not in sources] == []
+
+
 def test_the_documents_list_the_twelve_details_and_star_those_of_ppo_max() -> None:
     for rows in (table(README, "## What PPO-max is here"), table(PAPER, "## The twelve details of Fig. 5")):
         assert [int(row[0].rstrip(" *")) for row in rows] == list(range(1, 13))
