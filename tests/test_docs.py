@@ -149,3 +149,12 @@ def test_a_command_line_of_the_readme_resolves(line: list[str], monkeypatch: pyt
 def test_a_command_of_the_readme_exists(line: list[str]) -> None:
     assert line[1] in {**cli.STAGES, **cli.TOOLS}
     assert all(Path(ROOT / word).exists() for word in line if word.startswith("examples/"))
+
+
+def test_the_recipe_of_the_readme_reads_what_its_preparation_writes() -> None:
+    (prepare,) = (line for line in command_lines(README) if line[1] == "prepare-data")
+    (recipe,) = (line for line in command_lines(README) if line[1] == "recipe")
+    for path in (ROOT / recipe[2]).glob("*.toml"):
+        files = re.findall(r'^(?:train|eval|ptx|tokenizer) = "(.*)"', path.read_text(), flags=re.MULTILINE)
+        assert files
+        assert {str(Path(file).parent) for file in files} == {prepare[-1]}
