@@ -11,13 +11,14 @@ import pickle
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.roles import Role
@@ -46,7 +47,8 @@ def save_checkpoint(folder: str, step: int, roles: Mapping[str, Role], state: Ma
         )
     with raise_on_all(CheckpointError, f"cannot write the checkpoint {final}"):
         if dist.get_rank() == 0:
-            content = {"format": FORMAT, "step": step, "roles": sorted(roles), "state": dict(state)}
+            shapes = {name: asdict(role.shape) for name, role in sorted(roles.items())}
+            content = {"format": FORMAT, "step": step, "roles": shapes, "state": dict(state)}
             (partial / "state.json").write_text(json.dumps(content, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -68,14 +70,18 @@ def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, An
                 f"checkpoint {path} holds {', '.join(content['roles'])} but this stage trains {', '.join(roles)}: "
                 f"{', '.join(missing)} missing; resume with the stage that wrote it"
             )
-        for name in roles:
+        for name, role in roles.items():
+            _check_shape(path / name, content["roles"][name], asdict(role.shape))
             check_metadata(path / name / ".metadata")
     for name, role in roles.items():
         with raise_on_all(CheckpointError, f"cannot load the checkpoint {path / name}"):
+            # Damage shows as errors of a dozen types; torch's own is not an Exception.
             try:
                 loaded = dist_checkpointing.load(_sharded_state(role, loading=True), str(path / name))
-            except CheckpointingException as error:
-                raise CheckpointError(f"checkpoint {path / name} does not fit this model: {error}") from error
+            except (Exception, CheckpointException) as error:
+                raise CheckpointError(
+                    f"checkpoint {path / name} cannot be loaded ({_cause(error)}); take another step_N folder"
+                ) from error
         role.stage.load_state_dict(loaded["model"])
         assert role.optimizer is not None
         with torch.no_grad():
@@ -108,9 +114,26 @@ def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
     # Megatron's default sharding of the optimizer cannot be saved in 0.16; this one loads under any layout.
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": role.groups.megatron.dp_cp}
     model = role.stage.sharded_state_dict(metadata=metadata)
+    # Megatron's empty places for TransformerEngine's state: stored as pickles, which torch runs when it loads them.
+    model = {name: value for name, value in model.items() if not name.endswith("._extra_state")}
     assert role.optimizer is not None
     optimizer = role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
+
+
+def _check_shape(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Megatron lets the vocabulary differ, because its padding may: the rows left over would keep random weights."""
+    differing = [name for name, size in wanted.items() if saved.get(name) != size]
+    if differing:
+        faults = ", ".join(f"{name} is {saved.get(name)}, not {wanted[name]}" for name in differing)
+        raise CheckpointError(f"checkpoint {path} does not fit this model: {faults}; resume with the model that it had")
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line. torch's exception holds that of each rank."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -128,19 +151,29 @@ def _read_state(path: Path) -> dict[str, Any]:
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads torch's distributed-checkpoint metadata, which is a pickle, and refuses everything else that a pickle can
     do.
+
+    The names are those of our own checkpoints. BytesStorageMetadata is not among them: torch unpickles such entries of
+    the data files without its guard.
     """
 
-    ALLOWED = re.compile(
-        r"(torch\.distributed\.checkpoint\.(metadata|planner|filesystem)\.\w+"
-        r"|torch\.(Size|device|float32|float64|bfloat16|float16|int64|int32|uint8|bool|strided|contiguous_format)"
-        r"|torch\.serialization\._get_layout"
-        r"|collections\.OrderedDict|builtins\.(set|frozenset|list|dict|tuple|int|str|bytes|bytearray|slice)"
-        r"|pathlib\.(Posix|Windows|Pure)?\w*Path|_codecs\.encode"
-        r"|megatron\.core\.dist_checkpointing\.\w+(\.\w+)*)"
-    )
+    ALLOWED: ClassVar[dict[str, set[str]]] = {
+        "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": {
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if not self.ALLOWED.fullmatch(f"{module}.{name}"):
+        if name not in self.ALLOWED.get(module, ()):
             raise CheckpointError(f"refused: it names {module}.{name}, which no checkpoint metadata contains")
         return super().find_class(module, name)
 

@@ -1,0 +1,239 @@
+"""Resuming a stage goes on as if it had never stopped; damaged and hostile checkpoints are refused before they run."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ppomax.engine.errors import CheckpointError
+
+pytestmark = pytest.mark.dist
+OnRanks = Callable[..., list[Any]]
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one_process": (1, {}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "dp2": (2, {}),
+    "tp2_pp2": (4, {"tp": 2, "pp": 2}),
+    "pp2_tied": (2, {"pp": 2}),  # the policy shares its embedding with its head
+    "tp2_tied": (2, {"tp": 2}),
+}
+LR, NUM_STEPS = 1e-3, 12  # three iterations of two epochs of two minibatches
+LOSSES = ("policy_objective", "value_loss", "entropy", "ptx_loss", "grad_norm", "reward", "reward_running_std")
+PPO = {"train": {"steps": 3}, "checkpoint": {"every": 2}}
+
+
+def run_stage(stage: str, config: dict[str, Any]) -> None:
+    from ppomax.engine.config import RunConfig
+
+    import_module(f"ppomax.engine.train_{stage}").run(RunConfig.model_validate(config))
+
+
+def load_policy_from(folder: str, config: dict[str, Any], vocab_size: int) -> None:
+    """Loads the policy of a checkpoint, without the rest of the stage."""
+    from ppomax.engine.checkpoint import load_checkpoint
+    from ppomax.engine.config import RunConfig
+    from ppomax.engine.models.roles import load_policy, role_groups
+    from ppomax.engine.parallel.device import start
+
+    start(30)
+    run_config = RunConfig.model_validate(config)
+    policy = load_policy(run_config, role_groups(run_config)["policy"], vocab_size, trained=True)
+    load_checkpoint(folder, {"policy": policy})
+
+
+def last_record(output: Path) -> dict[str, float]:
+    record = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name: value for name, value in record.items() if name != "seconds"}
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    return {
+        f"{file.parent.name} {name}": weight
+        for file in sorted(output.glob("*hf/*.safetensors"))
+        for name, weight in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(on_ranks: OnRanks, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Output folder of three PPO iterations in one go under a layout, with a checkpoint after the second."""
+    done: dict[str, Path] = {}
+
+    def run(layout: str) -> Path:
+        if layout not in done:
+            num_ranks, parallel = LAYOUTS[layout]
+            done[layout] = tmp_path_factory.mktemp(layout) / "straight"
+            config = tiny.config("ppo", done[layout], tied="tied" in layout, parallel=parallel, **PPO)
+            on_ranks(num_ranks, run_stage, "ppo", config)
+        return done[layout]
+
+    return run
+
+
+@pytest.fixture
+def resume(on_ranks: OnRanks, tiny: Any, tmp_path: Path) -> Callable[[Path, str], Path]:
+    """Runs what is left after a checkpoint under a layout; returns the output folder."""
+
+    def run(checkpoint: Path, layout: str) -> Path:
+        num_ranks, parallel = LAYOUTS[layout]
+        output = tmp_path / "resumed"
+        overrides = {**PPO, "checkpoint": {"resume": str(checkpoint)}}
+        config = tiny.config("ppo", output, tied="tied" in layout, parallel=parallel, **overrides)
+        on_ranks(num_ranks, run_stage, "ppo", config)
+        return output
+
+    return run
+
+
+def step_2(output: Path) -> Path:
+    return output / "checkpoints" / "step_00000002"
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2_tied"])
+def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, layout: str) -> None:
+    expected = straight(layout)
+    found = resume(step_2(expected), layout)
+    assert last_record(found) == last_record(expected)
+    assert last_record(found)["step"] == 3
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied")],
+)
+def test_another_layout_can_go_on_from_a_checkpoint(straight, resume, saved: str, loaded: str) -> None:
+    expected = straight(saved)
+    found = resume(step_2(expected), loaded)
+    ours, theirs = last_record(found), last_record(expected)
+    for name in LOSSES:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    trained = weights(found)
+    for name, weight in weights(expected).items():
+        torch.testing.assert_close(trained[name], weight, rtol=0, atol=0.05 * LR * NUM_STEPS)
+        assert (trained[name] - weight).norm() <= 1e-5 * weight.norm()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "critic"])
+def test_other_stages_resume_bitwise_from_their_newest_checkpoint(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path, stage: str
+) -> None:
+    output = tmp_path / "run"
+    overrides: dict[str, Any] = {"train": {"steps": 3}, "data": {"eval": ()}, "checkpoint": {"every": 2}}
+    on_ranks(1, run_stage, stage, tiny.config(stage, output, **overrides))
+    straight = last_record(output), weights(output)
+    overrides["checkpoint"] = {"resume": "auto"}
+    on_ranks(1, run_stage, stage, tiny.config(stage, output, **overrides))
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
+    assert last_record(output) == straight[0]
+    assert all(torch.equal(weight, straight[1][name]) for name, weight in weights(output).items())
+
+
+def test_a_checkpoint_holds_no_pickled_objects(straight) -> None:
+    """torch loads such entries without its guard: they could run code."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    for path in step_2(straight("tp2")).glob("*/.metadata"):
+        entries = pickle.loads(path.read_bytes()).state_dict_metadata
+        assert entries
+        assert not any(isinstance(entry, BytesStorageMetadata) for entry in entries.values())
+
+
+@pytest.fixture
+def copied(straight, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(step_2(straight("tp2")), tmp_path / "step_00000002"))
+
+
+def load(on_ranks: OnRanks, tiny: Any, tmp_path: Path, checkpoint: Path) -> None:
+    on_ranks(1, load_policy_from, str(checkpoint), tiny.config("sft", tmp_path / "run"), 277)
+
+
+def test_a_whole_checkpoint_loads(on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path) -> None:
+    load(on_ranks, tiny, tmp_path, copied)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("os", "system"),
+        ("posix", "system"),
+        ("builtins", "eval"),
+        ("megatron.core.dist_checkpointing.serialization", "os.system"),
+        ("torch.distributed.checkpoint.filesystem", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "os"),
+    ],
+)
+def test_metadata_that_names_anything_else_is_refused(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path, module: str, name: str
+) -> None:
+    command = f"touch {tmp_path / 'ran'}"
+    # Protocol 4: names may have dots.
+    code = b"\x80\x04" + b"".join(pickle.dumps(text, 4)[2:-1] for text in (module, name)) + b"\x93"
+    code += pickle.dumps(command, 4)[2:-1] + b"\x85R."
+    (copied / "policy" / ".metadata").write_bytes(code)
+    with pytest.raises(CheckpointError, match=rf"policy.\.metadata: refused: it names {module}.{name}"):
+        load(on_ranks, tiny, tmp_path, copied)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_metadata_that_declares_pickled_objects_is_refused(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path
+) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    path = copied / "policy" / ".metadata"
+    content = pickle.loads(path.read_bytes())
+    content.state_dict_metadata[next(iter(content.state_dict_metadata))] = BytesStorageMetadata()
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="refused"):
+        load(on_ranks, tiny, tmp_path, copied)
+
+
+def test_a_hostile_common_file_is_refused(on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"x": Payload()}, copied / "policy" / "common.pt")
+    with pytest.raises(CheckpointError, match="policy"):
+        load(on_ranks, tiny, tmp_path, copied)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["state.json", "policy/.metadata", "policy/common.pt", "policy/__0_0.distcp"])
+@pytest.mark.parametrize("fault", ["missing", "cut"])
+def test_a_damaged_checkpoint_is_refused(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path, file: str, fault: str
+) -> None:
+    path = copied / file
+    content = path.read_bytes()
+    path.unlink()
+    if fault == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="step_00000002"):
+        load(on_ranks, tiny, tmp_path, copied)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path) -> None:
+    model = {"policy": "", "tokenizer": tiny.model("policy"), "init": {"hidden_size": 32, "ffn_hidden_size": 48}}
+    with pytest.raises(CheckpointError, match="does not fit this model: vocab_size is 277, not 300"):
+        on_ranks(1, load_policy_from, str(copied), tiny.config("sft", tmp_path / "run", model=model), 300)
+
+
+def test_a_checkpoint_of_another_stage_is_refused(on_ranks: OnRanks, tiny: Any, tmp_path: Path, straight) -> None:
+    overrides = {"checkpoint": {"resume": str(step_2(straight("tp2")))}}
+    with pytest.raises(CheckpointError, match="reward missing"):
+        on_ranks(1, run_stage, "reward", tiny.config("reward", tmp_path / "run", **overrides))
