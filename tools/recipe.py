@@ -8,6 +8,7 @@ this process, on one device; for many ranks start them one by one with torchrun 
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,10 @@ def run_recipe(
     gold: the data generator's own rule, (texts of the prompt's turns, response) -> follows it; None where there is
     none.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "the recipe runs in one process; on many ranks start its stages one by one (examples/README.md)"
+        )
     resolved = _resolve(configs, output, overrides)
     _prepare_output(output)
     seconds = {}
