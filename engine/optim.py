@@ -4,6 +4,7 @@ models.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -87,7 +88,26 @@ def make_optimizer(
     )
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=groups.megatron)
     # A ChainedOptimizer of one: the dense parameters' distributed optimizer.
-    return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
+    optimizer = optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
+    optimizer.get_parameter_state_dp_zero = partial(_whole_buffer_states, optimizer)
+    return optimizer
+
+
+def _whole_buffer_states(optimizer: DistributedOptimizer, **options: Any) -> dict[Any, Any] | None:
+    """Megatron's `get_parameter_state_dp_zero`, with the padding between buckets that its caller counts.
+
+    megatron-core 0.16.1 leaves it out. Tied embeddings have a bucket of their own under pp > 1: where its size is no
+    multiple of 128 and dp, a checkpoint would give every later parameter the state of its neighbours.
+    """
+    state = DistributedOptimizer.get_parameter_state_dp_zero(optimizer, **options)
+    for number, buffer in enumerate(optimizer.buffers if state is not None else ()):
+        for tensors in state[number].values():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                compact, tensors[name] = tensors[name], torch.zeros(buffer.numel)
+                parts = compact.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                for bucket, part in zip(buffer.buckets, parts, strict=True):
+                    tensors[name][bucket.offset : bucket.offset + part.numel()] = part
+    return state
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ CASES = {
     "dp2": Case(2),
     "tp2_sequence_parallel": Case(2, {"tp": 2, "sequence_parallel": True}),
     "pp2_tied": Case(2, {"pp": 2}, tied=True),
+    "pp2_dp2_tied": Case(4, {"pp": 2}, tied=True),
     "small_microbatches": Case(1, tokens_per_microbatch=70),
 }
 MIXED = Case(
