@@ -39,6 +39,14 @@ def run_stage(stage: str, config: dict[str, Any]) -> None:
     import_module(f"ppomax.engine.train_{stage}").run(RunConfig.model_validate(config))
 
 
+def error_of_stage(stage: str, config: dict[str, Any]) -> str:
+    try:
+        run_stage(stage, config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
 def load_policy_from(folder: str, config: dict[str, Any], vocab_size: int) -> None:
     """Loads the policy of a checkpoint, without the rest of the stage."""
     from ppomax.engine.checkpoint import load_checkpoint
@@ -237,3 +245,15 @@ def test_a_checkpoint_of_another_stage_is_refused(on_ranks: OnRanks, tiny: Any, 
     overrides = {"checkpoint": {"resume": str(step_2(straight("tp2")))}}
     with pytest.raises(CheckpointError, match="reward missing"):
         on_ranks(1, run_stage, "reward", tiny.config("reward", tmp_path / "run", **overrides))
+
+
+def test_every_rank_of_a_diverging_run_names_step_and_last_good_checkpoint(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path, straight
+) -> None:
+    checkpoint = step_2(straight("tp2"))
+    overrides = {"checkpoint": {"resume": str(checkpoint)}, "optim": {"lr": 1e30}, "train": {"steps": 3}}
+    config = tiny.config("ppo", tmp_path / "run", parallel={"tp": 2, "pp": 2}, **overrides)
+    errors = on_ranks(4, error_of_stage, "ppo", config)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith("DivergedError: optimizer step 10: ")
+    assert f"Last good checkpoint: {checkpoint}." in errors[0]
