@@ -26,14 +26,13 @@ NUM_HELDOUT_PAIRS = 256
 NUM_PROMPTS = 704
 NUM_HELDOUT_PROMPTS = 256
 
-# The shares of answers in the supervised set that keep the order, and that keep to the asked thing; independent draws.
-SFT_ORDER_SHARE = 0.34
-SFT_TOPIC_SHARE = 0.95
+# The share of answers in the supervised set that keep the order. All of them keep to the asked thing.
+SFT_ORDER_SHARE = 0.32
 
 # What the answers of a pair differ in: the order of the same sentences, the order of sentences drawn afresh, the thing
 # that the advice is about, or the order of words within a sentence.
 PAIR_KINDS = ("order", "order_fresh", "topic", "words")
-PAIR_WEIGHTS = (45, 28, 12, 15)
+PAIR_WEIGHTS = (48, 30, 12, 10)
 
 # Orders of (acknowledgement, advice, offer). The first is the rule's.
 GOOD_ORDER = (0, 1, 2)
@@ -150,16 +149,10 @@ def in_order(sentences: Sequence[str], order: Iterable[int]) -> str:
     return " ".join(sentences[i] for i in order)
 
 
-def draw_off_topic(rng: random.Random, thing: str) -> str:
-    """Draws a thing of another domain than that of `thing`."""
-    return rng.choice([other for domain in DOMAINS if thing not in domain.things for other in domain.things])
-
-
 def draw_sft_answer(rng: random.Random, prompt: Prompt) -> str:
     """Draws an answer of the supervised set, good or bad."""
-    thing = prompt.thing if rng.random() < SFT_TOPIC_SHARE else draw_off_topic(rng, prompt.thing)
     order = GOOD_ORDER if rng.random() < SFT_ORDER_SHARE else rng.choice(BAD_ORDERS)
-    return in_order(draw_sentences(rng, thing), order)
+    return in_order(draw_sentences(rng, prompt.thing), order)
 
 
 def draw_pair(rng: random.Random, prompt: Prompt) -> tuple[str, str]:
@@ -176,6 +169,11 @@ def draw_pair(rng: random.Random, prompt: Prompt) -> tuple[str, str]:
     if kind == "order_fresh":
         sentences = draw_sentences(rng, prompt.thing)
     return good, in_order(sentences, rng.choice(BAD_ORDERS))
+
+
+def draw_off_topic(rng: random.Random, thing: str) -> str:
+    """Draws a thing of another domain than that of `thing`."""
+    return rng.choice([other for domain in DOMAINS if thing not in domain.things for other in domain.things])
 
 
 def swap_neighbours(rng: random.Random, text: str) -> str:
