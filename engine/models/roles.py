@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppomax.engine.config import ROLES, OptimConfig, RunConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
-from ppomax.engine.errors import ConfigError
+from ppomax.engine.errors import CheckpointError, ConfigError
 from ppomax.engine.models.hf_checkpoint import load_weights
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
@@ -69,11 +69,14 @@ def load_role(
     if not folder:
         raise ConfigError(f"model.{name} is empty; set it to the Hugging Face folder of the {name} model")
     shape = read_shape(folder)
-    if scalar != shape.scalar:
-        shape = as_scalar(shape) if scalar else shape
+    if shape.scalar and not scalar:
+        raise CheckpointError(
+            f"model.{name} = {folder!r} is a reward model or critic: it has no vocabulary head; "
+            "give the folder of a language model"
+        )
     return make_role(
         name,
-        shape,
+        as_scalar(shape) if scalar else shape,
         SafetensorsReader(folder),
         config,
         groups,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ppomax.engine import cli
 from ppomax.engine.config_help import toml_value
-from ppomax.engine.errors import ConfigError, DataError, DivergedError, DoesNotFitError
+from ppomax.engine.errors import CheckpointError, ConfigError, DataError, DivergedError, DoesNotFitError
 
 DATA = {"sft": "dialogues", "reward": "pairs", "ppo": "prompts"}
 Stage = Callable[..., list[str]]
@@ -87,11 +87,18 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
             ["model.reward is empty; set it to the Hugging Face folder"],
             id="no model",
         ),
+        pytest.param(
+            ["model.policy={reward}"],
+            CheckpointError.exit_code,
+            ["model.policy = ", "is a reward model or critic", "give the folder of a language model"],
+            id="reward model as policy",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_named(
-    arguments: Stage, capsys: pytest.CaptureFixture[str], overrides: list[str], code: int, parts: list[str]
+    arguments: Stage, tiny: Any, capsys: pytest.CaptureFixture[str], overrides: list[str], code: int, parts: list[str]
 ) -> None:
+    overrides = [override.format(reward=tiny.model("reward")) for override in overrides]
     assert cli.main(arguments("ppo", *overrides)) == code
     message = capsys.readouterr().err
     assert [part for part in parts if part not in message] == []
