@@ -60,7 +60,8 @@ class AdamW(torch.optim.Optimizer):
                 lr=group["lr"],
                 betas=group["betas"],
                 eps=group["eps"],
-                weight_decay=group["weight_decay"],
+                # Megatron's mark of norms and biases, which its own scheduler, not used here, would multiply in.
+                weight_decay=group["weight_decay"] * group.get("wd_mult", 1.0),
                 step=group["step"],
             )
 

@@ -121,6 +121,23 @@ def used_norm(role: Role) -> float:
 NORMS = [gradient * math.sqrt(SHAPE.num_parameters()) for gradient in (0.01, 0.03)]
 
 
+def test_weight_decay_leaves_norms_alone() -> None:
+    torch.set_num_threads(1)
+    start(60)
+    model = ModelConfig(init=ArchitectureConfig(init_std=0.1))
+    config = RunConfig(model=model, optim=OptimConfig(weight_decay=0.1))
+    groups = make_groups({"policy": ParallelLayout(1, 1, 1)})["policy"]
+    role = make_role("policy", SHAPE, random_reader(SHAPE, config), config, groups, source="random", trained=True)
+    before = {name: weight.detach().clone() for name, weight in role.stage.named_parameters()}
+    assert role.optimizer is not None
+    set_learning_rate(role.optimizer, LR)
+    role.module.zero_grad_buffer()
+    clip_and_step([role.optimizer], max_norm=1.0, joint=True)
+    for name, weight in role.stage.named_parameters():
+        factor = 1.0 if weight.dim() == 1 else 1 - LR * 0.1
+        torch.testing.assert_close(weight.detach(), before[name] * factor, msg=name)
+
+
 def test_a_joint_clip_keeps_the_ratio_of_both_models(roles: list[Role]) -> None:
     joint = math.hypot(*NORMS)
     assert step(roles, max_norm=0.1, joint=True) == pytest.approx([joint], rel=1e-6)
