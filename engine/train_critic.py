@@ -2,6 +2,8 @@
 rewards.
 """
 
+import math
+
 import torch
 
 from ppomax.engine.checkpoint import load_checkpoint
@@ -62,7 +64,7 @@ def run(config: RunConfig) -> None:
             session.log.step(step, config.train.steps, summary(experience) | stats)
             state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
             save_if_due(session, step, {"critic": critic}, state, counter)
-            if stats["value_loss"] < config.critic.stop_loss:
+            if stats.get("value_loss", math.inf) < config.critic.stop_loss:
                 session.log.say(
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"
                 )

@@ -13,6 +13,7 @@ from ppomax.engine.config import PpoConfig
 from ppomax.engine.data.batches import Pack
 from ppomax.engine.models.roles import Role
 from ppomax.engine.ppo.scoring import head_logprobs
+from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder, total
 from ppomax.kernels.policy_loss import policy_loss
 from ppomax.kernels.value_loss import value_loss
 
@@ -32,11 +33,13 @@ VALUE_METRICS = ("value_loss", "value_clip_fraction")
 class PolicyTargets:
     """Flattened per-token inputs of the policy's loss, [K] float32 for K = B * T plus the positions of ptx tokens.
 
+    rollout_logprobs: of the policy that sampled; old_logprobs: the ratio's denominator, the same or the reference's.
     weights: 1 / kept response tokens of the global minibatch, or 0. ptx_weights: 1 / ptx tokens of the step, or 0.
     entropy_sign: -1 for a bonus on entropy, +1 for a penalty (the thresholded bonus above its target).
     """
 
     old_logprobs: Tensor
+    rollout_logprobs: Tensor
     advantages: Tensor
     weights: Tensor
     ptx_weights: Tensor
@@ -63,6 +66,10 @@ class PolicyObjective:
             objective=config.objective,
             penalty_beta=config.penalty_beta,
         )
+        if config.importance_sampling:
+            # The kernel's estimate is of the KL from the reference; ppo.target_kl is about the policy that sampled.
+            log_ratio = clamped_log_ratio(logprobs.detach(), targets.rollout_logprobs[pack.index])
+            surrogate = surrogate._replace(approx_kl=total(weights * exp_remainder(log_ratio)))
         mean_entropy = (entropy * weights).sum()
         ptx_loss = -(logprobs * targets.ptx_weights[pack.index]).sum()
         loss = surrogate.loss

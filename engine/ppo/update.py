@@ -44,10 +44,12 @@ def update(
     """Trains on one rollout; policy None trains the critic alone (critic pre-training).
 
     ptx: batches of dialogues for Eq. 17, one per optimizer step. generator: draws the minibatches.
-    Returns the means of the metrics over the applied steps. Collective over all ranks of the roles.
+    Returns the means of the metrics over the applied steps, and the numbers of applied and of skipped steps. Collective
+    over all ranks of the roles.
     """
     config = settings.ppo
     collected: list[dict[str, float]] = []
+    num_skipped = 0
     for _ in range(config.epochs):
         order = torch.randperm(len(experience.scores), generator=generator)
         for members in order.split(config.minibatch_size):
@@ -55,9 +57,12 @@ def update(
             dialogues = next(ptx) if ptx is not None else ()
             stats = _step(policy, critic, batch, dialogues, settings, counter)
             if stats is None:
-                return _means(collected)
-            collected.append(stats)
-    return _means(collected)
+                return _means(collected, num_skipped)
+            if stats["skipped_steps"] > 0:
+                num_skipped += 1  # its metrics are not numbers
+            else:
+                collected.append(stats)
+    return _means(collected, num_skipped)
 
 
 def _step(
@@ -100,6 +105,7 @@ def _policy_gradients(
     padding = torch.zeros(num_ptx, device=device)
     targets = PolicyTargets(
         old_logprobs=torch.cat([batch.old_logprobs.flatten(), padding]),
+        rollout_logprobs=torch.cat([batch.logprobs.flatten(), padding]),
         advantages=torch.cat([advantages.flatten(), padding]),
         weights=torch.cat([weights.flatten(), padding]),
         ptx_weights=torch.cat([torch.zeros(num_columns, device=device), padding + 1 / max(1, num_ptx)]),
@@ -152,10 +158,10 @@ def take(experience: Experience, members: Tensor) -> Experience:
     return Experience(rollout=rollout, **rest)
 
 
-def _means(collected: Sequence[dict[str, float]]) -> dict[str, float]:
+def _means(collected: Sequence[dict[str, float]], num_skipped: int) -> dict[str, float]:
     names = {name for stats in collected for name in stats}
     means = {
         name: sum(stats[name] for stats in collected if name in stats) / sum(name in stats for stats in collected)
         for name in sorted(names)
     }
-    return means | {"optimizer_steps": float(len(collected))}
+    return means | {"optimizer_steps": float(len(collected)), "skipped_steps": float(num_skipped)}

@@ -252,7 +252,29 @@ def test_target_kl_ends_the_epochs_before_the_step(models, rollout):
     config = BASE.model_copy(update={"target_kl": 0.01, "epochs": 3})
     stats = update(models.policy, models.critic, far, None, settings_for(config), counter, torch.Generator())
     assert counter.step == 0
-    assert stats == {"optimizer_steps": 0.0}
+    assert stats == {"optimizer_steps": 0.0, "skipped_steps": 0.0}
+
+
+def test_target_kl_is_about_the_policy_that_sampled_under_importance_sampling_too(models, rollout):
+    config = BASE.model_copy(update={"target_kl": 1e-3, "importance_sampling": True})
+    experience = experience_of(rollout, models, config)
+    assert float((experience.logprobs - experience.old_logprobs).abs().mean()) > 0.1  # the reference is far away
+    stats, _ = policy_gradient(models, experience, config)
+    assert stats["approx_kl"] == pytest.approx(0, abs=1e-6)
+    counter = StepCounter(0, 10, 0)
+    update(models.policy, models.critic, experience, None, settings_for(config), counter, torch.Generator())
+    assert counter.step > 0
+
+
+def test_metrics_are_means_over_the_applied_steps(models, rollout):
+    experience = experience_of(rollout, models)
+    broken = experience.advantages.clone()
+    broken[0] = float("nan")  # the step whose minibatch has the first response is skipped
+    counter = StepCounter(0, 10, 1)
+    half_broken = replace(experience, advantages=broken)
+    stats = update(models.policy, models.critic, half_broken, None, settings_for(BASE), counter, torch.Generator())
+    assert (stats["optimizer_steps"], stats["skipped_steps"]) == (1, 1)
+    assert all(math.isfinite(value) for value in stats.values())
 
 
 def test_a_minibatch_without_kept_tokens_changes_nothing_but_the_count(models, rollout):
