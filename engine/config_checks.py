@@ -14,14 +14,22 @@ MODELS_READ: dict[str, tuple[str, ...]] = {
 }
 """The folders of [model] that a stage reads."""
 
+MODELS_NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("critic", "ppo", "evaluate"), ("policy", "reward"))
+"""Those without which it cannot run; the others have a default."""
+
 
 def impossible_combinations(config: RunConfig, command: str) -> list[str]:
     """One text per fault: what does not go together, or is missing, in this stage."""
     data, model, ppo, sampling, train = config.data, config.model, config.ppo, config.sampling, config.train
     samples = command in ("critic", "ppo", "evaluate")
-    evaluates = command == "evaluate" or config.monitor.eval_every > 0
+    evaluates = command == "evaluate" or (command != "critic" and config.monitor.eval_every > 0)
+    has_reference = command == "ppo" or (command == "critic" and model.reference not in ("", model.policy))
     epochs = {"sft": config.sft.epochs, "reward": config.reward.epochs}.get(command, 0.0)
     checks = {
+        f"model.{role} is empty; set it to the Hugging Face folder of the {role} model": not getattr(model, role)
+        for role in MODELS_NEEDED.get(command, ())
+    }
+    checks |= {
         "model.tokenizer is empty and no model folder is given; set model.tokenizer to a tokenizer's folder or file": (
             not (model.tokenizer or model.policy or model.reward or model.critic)
         ),
@@ -48,6 +56,14 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         ),
         "ppo.kl_coef is 0, which the adaptive controller can only multiply; set a positive ppo.kl_coef to start from": (
             ppo.kl_controller == "adaptive" and ppo.kl_coef == 0
+        ),
+        'ppo.kl_estimator "full" compares whole distributions on one rank; set parallel.reference equal to '
+        "parallel.policy": (
+            has_reference and ppo.kl_estimator == "full" and config.parallel.reference != config.parallel.policy
+        ),
+        f"model.init.max_position_embeddings {model.init.max_position_embeddings} is shorter than data.max_length "
+        f"{data.max_length}; raise the one or lower the other": (
+            not samples and not model.policy and model.init.max_position_embeddings < data.max_length
         ),
     }
     return [fault for fault, holds in checks.items() if holds]

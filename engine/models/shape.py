@@ -74,6 +74,12 @@ def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool =
             f"model.init.hidden_size {init.hidden_size} is not divisible by model.init.num_heads {init.num_heads}; "
             "set model.init.head_dim or change one of them"
         )
+    head_dim = init.head_dim or init.hidden_size // init.num_heads
+    if head_dim % 2:
+        raise ConfigError(
+            f"heads of {head_dim} dimensions: rotary embeddings need an even number; "
+            "set model.init.head_dim, or another model.init.hidden_size or num_heads"
+        )
     if init.num_heads % init.num_query_groups:
         raise ConfigError(
             f"model.init.num_heads {init.num_heads} is not a multiple of "
@@ -85,7 +91,7 @@ def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool =
         num_layers=init.num_layers,
         num_heads=init.num_heads,
         num_query_groups=init.num_query_groups,
-        head_dim=init.head_dim or init.hidden_size // init.num_heads,
+        head_dim=head_dim,
         ffn_hidden_size=init.ffn_hidden_size,
         max_position_embeddings=init.max_position_embeddings,
         rope_theta=init.rope_theta,

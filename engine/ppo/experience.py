@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ppomax.engine.config import PpoConfig
 from ppomax.engine.data.batches import unpad
-from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.roles import Role
 from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished
 from ppomax.engine.ppo.scoring import full_kl, sequence_scores, token_logprobs, token_values
@@ -52,11 +51,6 @@ def make_experience(
         ref_logprobs, _ = token_logprobs(models.reference, rollout, tokens_per_microbatch=limit)
     kl = None
     if config.kl_estimator == "full":
-        if models.reference.groups.layout != models.policy.groups.layout:
-            raise ConfigError(
-                'ppo.kl_estimator "full" compares whole distributions on one rank: '
-                "set parallel.reference equal to parallel.policy"
-            )
         kl = full_kl(models.policy, models.reference, rollout, tokens_per_microbatch=limit)
     values = token_values(models.critic, rollout, tokens_per_microbatch=limit)
     scaler = scaler.update(scores)

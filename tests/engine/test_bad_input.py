@@ -105,6 +105,14 @@ def test_a_wrong_configuration_is_named(
     assert "Traceback" not in message
 
 
+def test_heads_that_cannot_be_rotated_are_a_config_error(
+    arguments: Stage, tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = f"model.tokenizer={tiny.model('policy')}"
+    assert cli.main(arguments("sft", "model.policy=", tokenizer, "model.init.head_dim=7")) == ConfigError.exit_code
+    assert "heads of 7 dimensions: rotary embeddings need an even number" in capsys.readouterr().err
+
+
 BAD_ROWS = [
     pytest.param("ppo", '{"prompt": "a', "line 3: malformed JSON", id="malformed JSON"),
     pytest.param("ppo", {"prompt": " "}, "line 3: turn 1 of 1 (human) is empty", id="empty prompt"),

@@ -8,7 +8,13 @@ from ppomax.engine.config_help import describe, fields
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.presets import PRESETS
 
-COMPLETE = ["data.train=rows.jsonl", "model.tokenizer=tokenizer.json", "train.steps=3"]
+COMPLETE = [
+    "data.train=rows.jsonl",
+    "model.tokenizer=tokenizer.json",
+    "model.policy=policy",
+    "model.reward=reward",
+    "train.steps=3",
+]
 
 
 @pytest.fixture
@@ -212,7 +218,12 @@ def test_several_faults_are_listed_together_with_their_origin(toml):
         ("sft", ["data.train=[]"], "data.train is empty"),
         ("evaluate", [], "data.eval is empty"),
         ("ppo", ["monitor.eval_every=5"], "data.eval is empty"),
-        ("ppo", ["model.tokenizer="], "model.tokenizer is empty"),
+        ("sft", ["model.tokenizer=", "model.policy=", "model.reward="], "model.tokenizer is empty"),
+        ("ppo", ["model.policy="], "model.policy is empty"),
+        ("critic", ["model.reward="], "model.reward is empty"),
+        ("evaluate", ["model.policy=", "model.reward="], "model.reward is empty"),
+        ("ppo", ["ppo.kl_estimator=full", "parallel.critic.tp=2", "parallel.reference.tp=2"], "parallel.reference"),
+        ("sft", ["model.policy=", "model.init.max_position_embeddings=512"], "shorter than data.max_length 2048"),
         ("ppo", ["data.max_length=512"], "leaves no room for a prompt"),
         ("ppo", ["ppo.ptx_coef=0.5"], "data.ptx is empty"),
         ("ppo", ["ppo.kl_controller=adaptive", "ppo.kl_coef=0"], "positive ppo.kl_coef"),
@@ -222,6 +233,18 @@ def test_several_faults_are_listed_together_with_their_origin(toml):
 )
 def test_an_impossible_combination_says_what_to_change(command, overrides, expected):
     assert expected in fault(None, [*COMPLETE, *overrides], command)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ("critic", ["monitor.eval_every=5"]),  # it evaluates nothing
+        ("critic", ["ppo.kl_estimator=full", "parallel.reference.tp=2"]),  # the policy is its own reference
+        ("ppo", ["model.init.max_position_embeddings=8"]),  # nothing starts from random weights
+    ],
+)
+def test_what_a_stage_does_not_use_is_no_fault(command, overrides):
+    load_config(None, [*COMPLETE, *overrides], command=command)
 
 
 def test_a_missing_file_and_a_folder_and_malformed_toml_are_config_errors(toml, tmp_path):

@@ -89,7 +89,7 @@ def test_a_7b_config_leaves_nothing_to_the_preset(name):
 @pytest.mark.parametrize("name", ["critic", "ppo_max"])
 def test_a_7b_config_states_the_values_of_ppo_max(name):
     stated = load_config(config_path(name), [], command=STAGES[name])
-    overrides = ["train.steps=1", "data.train=x", "model.tokenizer=x"]
+    overrides = ["train.steps=1", "data.train=x", "model.policy=x", "model.reward=x"]
     if name == "ppo_max":
         overrides.append("data.ptx=x")
     preset = load_config(None, overrides, command=STAGES[name])
