@@ -45,7 +45,7 @@ class Pool:
         """What `function(*args)` returns on each of num_ranks workers that form a world of their own.
 
         function: at the top level of its file, which the workers import by its path.
-        Raises what the first failing worker raised, with its traceback as a note; after `timeout` seconds TimeoutError,
+        Raises what a failing worker raised, with its traceback as a note; after `timeout` seconds TimeoutError,
         with the end of what the workers printed.
         """
         if not self._connections:
@@ -83,23 +83,26 @@ class Pool:
 
     def _collect(self, connections: list[Connection], deadline: float) -> list[Any]:
         results: dict[int, Any] = {}
-        failure: Exception | None = None
+        failures: list[Exception] = []
         while len(results) < len(connections):
             waiting = [connection for rank, connection in enumerate(connections) if rank not in results]
             ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
                 ranks = [rank for rank in range(len(connections)) if rank not in results]
                 self.close()
-                raise failure or TimeoutError(f"ranks {ranks} did not finish in time; printed: {self._printed()}")
+                raise _cause(failures) or TimeoutError(
+                    f"ranks {ranks} did not finish in time; printed: {self._printed()}"
+                )
             for rank in [rank for rank, connection in enumerate(connections) if connection in ready]:
                 try:
                     is_error, results[rank] = pickle.loads(connections[rank].recv_bytes())
                 except (EOFError, OSError):
                     self.close()
-                    raise failure or RuntimeError(f"rank {rank} died; printed: {self._printed()}") from None
-                if is_error and failure is None:
-                    failure = results[rank]
+                    raise _cause(failures) or RuntimeError(f"rank {rank} died; printed: {self._printed()}") from None
+                if is_error:
+                    failures.append(results[rank])
                     deadline = min(deadline, time.monotonic() + PEER_SECONDS)
+        failure = _cause(failures)
         if failure is not None:
             raise failure
         return [results[rank] for rank in range(len(connections))]
@@ -107,6 +110,13 @@ class Pool:
     def _printed(self) -> str:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")[-6000:]
+
+
+def _cause(failures: list[Exception]) -> Exception | None:
+    """The first error that does not just say that another rank is gone."""
+    echoes = ("by peer", "another rank")
+    telling = [error for error in failures if not any(echo in str(error) for echo in echoes)]
+    return next(iter(telling + failures), None)
 
 
 def load_module(path: str | Path) -> ModuleType:
@@ -171,9 +181,9 @@ def _work(connection: Connection, rank: int) -> None:
             answer = pickle.dumps((False, getattr(load_module(file), function)(*args)))
         except Exception as error:
             answer = _pickled_error(error, rank)
+        connection.send_bytes(answer)
         if dist.is_initialized():
             dist.destroy_process_group()
-        connection.send_bytes(answer)
 
 
 def _pickled_error(error: Exception, rank: int) -> bytes:
