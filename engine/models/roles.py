@@ -181,6 +181,7 @@ def grouped_packs(
     tokens_per_microbatch: int,
 ) -> list[Pack]:
     """As role_packs, where the sequences of one unit (the two of a preference pair) stay in one pack, in order."""
+    check_vocabulary(role, max((int(sequence.max()) for sequence in sequences), default=0))
     layout, config = role.groups.layout, role.stage.config
     lengths = [sum(sequences[i].numel() for i in unit) for unit in units]
     mine = balance(lengths, layout.dp, tokens_per_microbatch)[role.groups.dp_rank]
@@ -191,3 +192,13 @@ def grouped_packs(
         multiple_of=layout.tp if config.sequence_parallel else 1,
         equal_lengths=layout.pp > 1,
     )
+
+
+def check_vocabulary(role: Role, largest_id: int) -> None:
+    """Raises ConfigError where a role has no embedding for a token: under tp > 1 Megatron would take zeros for it."""
+    if largest_id >= role.shape.vocab_size:
+        raise ConfigError(
+            f"token id {largest_id} is outside the vocabulary of the {role.name} model, "
+            f"{role.shape.vocab_size} tokens: it belongs to another tokenizer; "
+            "check model.tokenizer and the model folders"
+        )

@@ -19,7 +19,7 @@ from ppomax.engine.config import SamplingConfig
 from ppomax.engine.data.batches import Pack, last_token_rows, make_packs
 from ppomax.engine.errors import DataError
 from ppomax.engine.models.attention import KeyValueCache
-from ppomax.engine.models.roles import Role
+from ppomax.engine.models.roles import Role, check_vocabulary
 from ppomax.engine.parallel.stages import (
     broadcast_from_last_stage,
     receive_from_previous_stage,
@@ -54,10 +54,12 @@ def generate(
     seeds [B] int64: they fix the noise of each response (`request_seeds`).
     A response ends by eos_id (kept), by sampling.max_new_tokens, or where prompt and response fill the model's context
     or, if given, max_length tokens. pad_id fills the rows of the result.
-    Raises DataError, before anything runs, if a prompt is empty or leaves no room for a response.
+    Raises, before anything runs, DataError if a prompt is empty or leaves no room for a response, ConfigError if one
+    has a token that the model does not know.
     """
     context = min(role.shape.max_position_embeddings, max_length or role.shape.max_position_embeddings)
     _check_prompts(prompts, context)
+    check_vocabulary(role, max(max(prompt) for prompt in prompts))
     role.stage.eval()
     batch = _Batch(prompts, sampling.max_new_tokens, context, seeds, role.device)
     replica, num_replicas = role.groups.dp_rank, role.groups.layout.dp

@@ -105,6 +105,17 @@ def test_a_wrong_configuration_is_named(
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_tokenizer_of_another_model_is_a_config_error(
+    arguments: Stage, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    foreign = Path(__file__).parents[2] / "examples/data/quickstart/tokenizer.model"
+    assert cli.main(arguments(stage, f"model.tokenizer={foreign}", "data.on_bad_row=skip")) == ConfigError.exit_code
+    message = capsys.readouterr().err
+    assert "is outside the vocabulary of the" in message
+    assert "277 tokens: it belongs to another tokenizer" in message
+
+
 def test_heads_that_cannot_be_rotated_are_a_config_error(
     arguments: Stage, tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
