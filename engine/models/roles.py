@@ -46,7 +46,8 @@ class Role:
 def role_groups(config: RunConfig) -> dict[str, RoleGroups]:
     """The process groups of all four roles. Every rank must call it once."""
     world_size = torch.distributed.get_world_size()
-    return make_groups({role: make_layout(role, getattr(config.parallel, role), world_size) for role in ROLES})
+    layouts = {role: make_layout(role, getattr(config.parallel, role), world_size) for role in ROLES}
+    return make_groups(layouts, timeout_seconds=config.parallel.timeout_seconds)
 
 
 def load_role(

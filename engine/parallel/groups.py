@@ -2,6 +2,7 @@
 `parallel_state`.
 """
 
+import datetime
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -45,45 +46,48 @@ class RoleGroups:
         return self.pp_rank == self.layout.pp - 1
 
 
-def make_groups(layouts: dict[str, ParallelLayout]) -> dict[str, RoleGroups]:
+def make_groups(layouts: dict[str, ParallelLayout], *, timeout_seconds: int = 600) -> dict[str, RoleGroups]:
     """The groups of each role; roles of equal layout share theirs. Every rank of the world must call it with the same
     layouts.
+
+    timeout_seconds: a collective that takes longer fails. torch would not take it from the default group.
     """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     made: dict[ParallelLayout, RoleGroups] = {}
     for layout in layouts.values():
         if layout not in made:
-            made[layout] = _make(layout)
+            made[layout] = _make(layout, timeout)
     return {role: made[layout] for role, layout in layouts.items()}
 
 
-def _make(layout: ParallelLayout) -> RoleGroups:
+def _make(layout: ParallelLayout, timeout: datetime.timedelta) -> RoleGroups:
     grid = HyperCommGrid([layout.tp, 1, layout.pp, layout.dp], ["tp", "cp", "pp", "dp"])
     groups = ProcessGroupCollection()
-    groups.tp = grid.create_pg(["tp"])
-    groups.cp = grid.create_pg(["cp"])
-    groups.pp = grid.create_pg(["pp"])
-    groups.dp = grid.create_pg(["dp"])
-    groups.mp = grid.create_pg(["tp", "pp"])
-    groups.tp_cp = grid.create_pg(["tp", "cp"])
-    groups.dp_cp = grid.create_pg(["cp", "dp"])
-    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"])
+    groups.tp = grid.create_pg(["tp"], timeout=timeout)
+    groups.cp = grid.create_pg(["cp"], timeout=timeout)
+    groups.pp = grid.create_pg(["pp"], timeout=timeout)
+    groups.dp = grid.create_pg(["dp"], timeout=timeout)
+    groups.mp = grid.create_pg(["tp", "pp"], timeout=timeout)
+    groups.tp_cp = grid.create_pg(["tp", "cp"], timeout=timeout)
+    groups.dp_cp = grid.create_pg(["cp", "dp"], timeout=timeout)
+    groups.tp_dp_cp = grid.create_pg(["tp", "cp", "dp"], timeout=timeout)
     # The distributed optimizer sums gradient norms over all ranks that hold a part of the model.
-    groups.intra_dist_opt = grid.create_pg(["tp", "cp", "pp", "dp"])
+    groups.intra_dist_opt = grid.create_pg(["tp", "cp", "pp", "dp"], timeout=timeout)
     # There are no experts: a group of one for what asks for them, and the dense groups where a size must agree.
     groups.ep = groups.cp
     groups.expt_dp = groups.dp
     groups.tp_ep_pp = groups.mp
-    groups.embd = _embedding_group(grid)
+    groups.embd = _embedding_group(grid, timeout)
     groups.pos_embd = None
-    return RoleGroups(layout=layout, megatron=groups, results=grid.create_pg(["pp", "dp"]))
+    return RoleGroups(layout=layout, megatron=groups, results=grid.create_pg(["pp", "dp"], timeout=timeout))
 
 
-def _embedding_group(grid: HyperCommGrid) -> dist.ProcessGroup | None:
+def _embedding_group(grid: HyperCommGrid, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     """First and last stage of each pipeline: they hold copies of tied embeddings."""
     ranks = [sorted({pipeline[0], pipeline[-1]}) for pipeline in grid.get_rank_enum(["pp"])]
     mine = None
     for members in ranks:
-        group = dist.new_group(members)
+        group = dist.new_group(members, timeout=timeout)
         if dist.get_rank() in members:
             mine = group
     # Ranks of middle stages belong to none, which Megatron takes as a group of one.

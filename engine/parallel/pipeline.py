@@ -43,12 +43,12 @@ def run_forward(
     model.eval()
     outputs = torch.zeros(num_outputs, width, device=device)
 
-    def forward_step(iterator: Any, stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Tensor]]:
+    def forward_step(iterator: Any, stage: torch.nn.Module) -> tuple[Tensor, Callable[..., None]]:
         pack = next(iterator).to(device)
 
-        def store(hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+        def store(hidden: Tensor, non_loss_data: bool = True) -> None:
+            # The schedule keeps what this returns until its end: not the hidden states of every micro-batch.
             outputs[pack.index] = compute(hidden, pack).reshape(-1, width).float()
-            return hidden
 
         return stage(pack), store
 
