@@ -108,7 +108,7 @@ def reward_gradients(model: Role, pairs: Sequence[PairRow], config: RunConfig) -
         # Only the last token of each sequence has a score; the other rows fall into a slot that is dropped.
         slots = hidden.new_zeros(len(sequences) + 1, dtype=torch.float32)
         scores = slots.index_add(0, pack.index, model.stage.scalars(hidden))
-        members = torch.tensor(pack.sequences, dtype=torch.int64).view(-1, 2).to(hidden.device)
+        members = torch.tensor(pack.sequences, dtype=torch.int64).view(-1, 2).to(hidden.device, non_blocking=True)
         margins = scores[members[:, 0]] - scores[members[:, 1]]
         ranking = -logsigmoid(margins).sum() / len(pairs)
         lm = hidden.new_zeros((), dtype=torch.float32)

@@ -19,6 +19,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.shape import ModelShape
 from ppomax.kernels.rope import rope
 
@@ -173,20 +174,25 @@ def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequence
 
 def choose_backend(requested: str, dtype: torch.dtype) -> str:
     """The attention kernel for "auto": flash-attn when importable, torch's variable-length attention on CUDA, else
-    SDPA.
+    SDPA. Raises ConfigError for another that cannot run here.
     """
-    if requested != "auto":
-        return requested
-    if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attn"
-    return "varlen" if importlib.util.find_spec("torch.nn.attention.varlen") is not None else "sdpa"
+    possible = ["sdpa"]
+    if torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16):
+        modules = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
+        possible += [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
+    if requested == "auto":
+        return possible[-1]
+    if requested not in possible:
+        raise ConfigError(
+            f"model.attention {requested!r} cannot run here, it needs CUDA, model.dtype=bf16 and its package; "
+            f"expected auto or one of {', '.join(possible)}"
+        )
+    return requested
 
 
 def rotary_factors(positions: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
     """cos and sin [N, head_dim / 2] float32 of the positions [N], with the shape's frequency scaling."""
-    angles = positions.float()[:, None] * inverse_frequencies(shape).to(positions.device)[None]
+    angles = positions.float()[:, None] * inverse_frequencies(shape).to(positions.device, non_blocking=True)[None]
     return angles.cos(), angles.sin()
 
 

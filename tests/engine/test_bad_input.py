@@ -116,6 +116,15 @@ def test_a_tokenizer_of_another_model_is_a_config_error(
     assert "277 tokens: it belongs to another tokenizer" in message
 
 
+@pytest.mark.parametrize("attention", ["flash_attn", "varlen"])
+def test_attention_that_cannot_run_here_is_a_config_error(
+    arguments: Stage, capsys: pytest.CaptureFixture[str], attention: str
+) -> None:
+    # The tiny models are fp32, which neither takes on any device.
+    assert cli.main(arguments("sft", f"model.attention={attention}")) == ConfigError.exit_code
+    assert f"model.attention '{attention}' cannot run here" in capsys.readouterr().err
+
+
 def test_heads_that_cannot_be_rotated_are_a_config_error(
     arguments: Stage, tiny: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
