@@ -38,7 +38,7 @@ STAGES = {
     "evaluate": "held-out reward, KL, perplexity and sample dialogues of a policy",
 }
 TOOLS = {
-    "convert": "Hugging Face folders to Megatron checkpoints and back",
+    "convert": "what a Hugging Face folder holds: family, shape, parameters, dtypes",
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
     "prepare-data": "split a preference file, train a tokenizer on it",
