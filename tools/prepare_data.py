@@ -7,6 +7,7 @@ training prompt.
 import argparse
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def prepare(source: str, output: Path, num_held_out: int, vocab_size: int, seed:
     format = None
     for record in read(source):
         try:
+            if record.fault is not None:
+                raise DataError(record.fault)
             format = format or find_format(source, record)
             chosen, rejected = parse(record.value, format, with_rejected=True)
             if rejected is None:
@@ -56,12 +59,15 @@ def prepare(source: str, output: Path, num_held_out: int, vocab_size: int, seed:
             f"{source}: {len(held_out)} usable pairs, none left for training; lower --held-out {num_held_out}"
         )
     output.mkdir(parents=True)
+    try:
+        texts = [turn.text for pair in train for side in pair for turn in side]
+        train_tokenizer(texts, output / "tokenizer.model", vocab_size)
+    except RuntimeError as error:  # of sentencepiece; its message says which size would do
+        shutil.rmtree(output)
+        raise ConfigError(f"no tokenizer of --vocab-size {vocab_size} can be trained on {source}: {error}") from None
     for name, pairs in (("train", train), ("heldout", held_out)):
         lines = (json.dumps({"chosen": _spell(c), "rejected": _spell(r)}, ensure_ascii=False) for c, r in pairs)
         (output / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
-    train_tokenizer(
-        [turn.text for pair in train for side in pair for turn in side], output / "tokenizer.model", vocab_size
-    )
     print(f"{source}: {len(train)} training pairs, {len(held_out)} held-out pairs, {len(faults)} rows left out")
     for fault in faults[:5]:
         print(f"  {fault}")

@@ -98,6 +98,8 @@ def _resolve(configs: Path, output: Path, overrides: Sequence[str]) -> dict[str,
             )
         config = load_config(str(file), [*paths, f"train.output={output / name}", *overrides], command=command)
         check_layout(config, 1)
+        if command == "reward" and not config.data.eval:
+            raise ConfigError(f"{file}: data.eval is empty; the summary needs the reward model's held-out accuracy")
         # Earlier stages write the folders in `paths`; everything else that the stage reads must be there now.
         unwritten = {path.partition("=")[0].removeprefix("model."): "" for path in paths}
         check_paths(config.model_copy(update={"model": config.model.model_copy(update=unwritten)}), command)

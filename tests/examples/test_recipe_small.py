@@ -1,6 +1,8 @@
 """`ppomax quickstart` and `ppomax recipe` from end to end, with a model and step counts far too small to learn."""
 
 import json
+import re
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +156,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
 def test_a_folder_without_the_five_files_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe", str(tmp_path), str(tmp_path / "out")]) == ConfigError.exit_code
     assert f"{tmp_path / 'sft.toml'} is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_without_held_out_pairs_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIGS, configs)
+    text = (configs / "reward.toml").read_text()
+    (configs / "reward.toml").write_text(re.sub(r"^eval(_every)? = .*$", "", text, flags=re.MULTILINE))
+    assert cli.main(["recipe", str(configs), str(tmp_path / "out")]) == ConfigError.exit_code
+    assert "reward.toml: data.eval is empty" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
