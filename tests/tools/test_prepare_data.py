@@ -62,14 +62,14 @@ def test_refuses_an_existing_folder_and_a_split_that_leaves_nothing(tmp_path):
 
 def test_a_vocabulary_too_large_for_the_text_is_a_config_error_and_leaves_no_folder(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl.gz", 20)
-    with pytest.raises(ConfigError, match="--vocab-size 5000 .* Vocabulary size too high"):
+    with pytest.raises(ConfigError, match=r"--vocab-size 5000 .* Vocabulary size too high"):
         prepare(str(tmp_path / "pairs.jsonl.gz"), tmp_path / "out", num_held_out=2, vocab_size=5000, seed=0)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_first_row_that_is_no_json_is_left_out(tmp_path, capsys):
-    pair = {"chosen": "\n\nHuman: a?\n\nAssistant: b", "rejected": "\n\nHuman: a?\n\nAssistant: c"}
-    other = {"chosen": "\n\nHuman: d?\n\nAssistant: e", "rejected": "\n\nHuman: d?\n\nAssistant: f"}
-    (tmp_path / "pairs.jsonl").write_text("{\n" + json.dumps(pair) + "\n" + json.dumps(other) + "\n")
-    prepare(str(tmp_path / "pairs.jsonl"), tmp_path / "out", num_held_out=1, vocab_size=280, seed=0)
+    write_pairs(tmp_path / "pairs.jsonl.gz", 20)
+    good = gzip.decompress((tmp_path / "pairs.jsonl.gz").read_bytes())
+    (tmp_path / "pairs.jsonl").write_bytes(b"{\n" + good)
+    prepare(str(tmp_path / "pairs.jsonl"), tmp_path / "out", num_held_out=2, vocab_size=300, seed=0)
     assert "line 1: malformed JSON" in capsys.readouterr().out
