@@ -63,7 +63,7 @@ class ModelConfig(Section):
     critic: str = ""
     """Hugging Face folder of a pre-trained critic. Empty: ppo.critic_init decides."""
     reference: str = ""
-    """Hugging Face folder of the reference model. Empty: the same as model.policy."""
+    """Hugging Face folder of the reference model. Empty: the same as model.policy; in `evaluate`: no KL is measured."""
     tokenizer: str = ""
     """Folder with tokenizer.json or tokenizer.model, or the file itself. Empty: the folder of the model."""
     init: ArchitectureConfig = ArchitectureConfig()
@@ -341,11 +341,11 @@ class MonitorConfig(Section):
     """What is measured on held-out data, and how often."""
 
     eval_every: Count = 0
-    """Evaluate on data.eval after every this many steps; 0: only before and after."""
+    """Evaluate on data.eval after every this many steps; 0: only at the end, and in `ppo` before the first step too."""
     eval_size: Positive = 128
     """Held-out rows used by one evaluation (the first ones of data.eval)."""
     num_samples: Count = 8
-    """Dialogues written out by an evaluation."""
+    """Dialogues written out by an evaluation of `ppo`; `evaluate` writes all."""
 
 
 class TrainConfig(Section):
