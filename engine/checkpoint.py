@@ -145,6 +145,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path}: format {content.get('format')!r}, expected {FORMAT}")
+    if not isinstance(content.get("state"), dict) or not isinstance(content.get("roles"), dict):
+        raise CheckpointError(f"checkpoint {path}: state.json lacks its roles or state; take another step_N folder")
     return content
 
 

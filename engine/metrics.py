@@ -3,6 +3,7 @@ console.
 """
 
 import json
+import math
 import os
 import platform
 import sys
@@ -89,7 +90,8 @@ class RunLog:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
+            file.write(json.dumps(finite) + "\n")  # null for what is not a number: JSON has no NaN
 
 
 def progress_bar(step: int, num_steps: int, width: int = 12) -> str:

@@ -58,8 +58,13 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
             log = RunLog(config, command, is_writer=dist.get_rank() == 0, resumed=resume is not None)
         yield Session(config, device, groups, tokenizer, template, log, resume)
-    finally:
-        stop()
+    except BaseException:
+        # Peers may wait in a collective: leaving the group could wait for them in turn. The process ends, and torchrun
+        # ends the others.
+        if dist.get_world_size() == 1:
+            stop()
+        raise
+    stop()
 
 
 def checkpoint_folder(config: RunConfig) -> str:

@@ -69,5 +69,4 @@ def run(config: RunConfig) -> None:
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"
                 )
                 break
-        session.log.write_json("reward_moments.json", vars(scaler))
         export(session, critic, "hf")

@@ -102,7 +102,6 @@ def summary(experience: Experience) -> dict[str, float]:
     rollout, mask = experience.rollout, experience.rollout.response_mask
     num_tokens = mask.sum()
     lengths = mask.sum(1).float()
-    difference = (rollout.sampling_logprobs - experience.logprobs)[mask].abs()
     mean_kl1 = (experience.logprobs - experience.ref_logprobs)[mask].mean()
     nll, ref_nll = -experience.logprobs.sum() / num_tokens, -experience.ref_logprobs.sum() / num_tokens
     residual = (experience.returns - experience.values)[mask]
@@ -121,7 +120,9 @@ def summary(experience: Experience) -> dict[str, float]:
         "return_mean": returns.mean(),
         "advantage_mean": experience.advantages[mask].mean(),
         "explained_variance": 1 - residual.var(correction=0) / returns.var(correction=0).clamp_min(1e-12),
-        "sampler_mismatch_mean": difference.mean(),
-        "sampler_mismatch_max": difference.max(),
     }
+    if experience.logprobs is not rollout.sampling_logprobs:
+        # With ppo.old_logprobs = "rollout" there is nothing to compare here: first_step_kl (update.py) shows it.
+        difference = (rollout.sampling_logprobs - experience.logprobs)[mask].abs()
+        values |= {"sampler_mismatch_mean": difference.mean(), "sampler_mismatch_max": difference.max()}
     return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))

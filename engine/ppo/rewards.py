@@ -24,8 +24,12 @@ class RewardScaler:
     m2: float = 0.0
 
     def update(self, scores: Tensor) -> "RewardScaler":
-        """The moments after scores [B] as well (Chan et al.'s merge, as in the released code)."""
+        """The moments after scores [B] as well (Chan et al.'s merge, as in the released code).
+
+        Scores that are not finite stay out: one of them would spoil the moments of the whole run.
+        """
         x = scores.detach().double().cpu()
+        x = x[x.isfinite()]
         if x.numel() == 0:
             return self
         count, batch_mean = x.numel(), float(x.mean())

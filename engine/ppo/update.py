@@ -58,6 +58,9 @@ def update(
             stats = _step(policy, critic, batch, dialogues, settings, counter)
             if stats is None:
                 return _means(collected, num_skipped)
+            if policy is not None and not collected:
+                # The weights are still those that sampled: what the ratio shows is the mismatch of old log-probs.
+                stats["first_step_kl"] = stats["approx_kl"]
             if stats["skipped_steps"] > 0:
                 num_skipped += 1  # its metrics are not numbers
             else:

@@ -303,3 +303,19 @@ def test_summary_reports_the_mean_k1_kl_and_the_true_perplexity(models, rollout)
     assert metrics["kl"] == pytest.approx((experience.logprobs - experience.ref_logprobs)[mask].mean().item(), rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(-experience.logprobs[mask].mean().item()), rel=1e-5)
     assert metrics["sampler_mismatch_max"] < 5e-5
+
+
+def test_a_score_that_is_not_finite_stays_out_of_the_moments():
+    scores = torch.tensor([1.0, 2.0, 4.0])
+    spoiled = torch.tensor([1.0, float("nan"), 2.0, float("inf"), 4.0])
+    assert RewardScaler().update(spoiled) == RewardScaler().update(scores)
+    assert RewardScaler().update(torch.tensor([float("nan")])) == RewardScaler()
+
+
+def test_the_samplers_own_logprobs_are_compared_in_the_first_step(models, rollout):
+    config = BASE.model_copy(update={"old_logprobs": "rollout"})
+    experience = experience_of(rollout, models, config)
+    assert "sampler_mismatch_max" not in summary(experience)
+    counter = StepCounter(0, 10, 0)
+    stats = update(models.policy, models.critic, experience, None, settings_for(config), counter, torch.Generator())
+    assert 0 <= stats["first_step_kl"] < 1e-8

@@ -27,29 +27,11 @@ STAGES = {"sft": "sft", "reward": "reward", "critic": "critic", "ppo_max": "ppo"
 TOKENIZER = EXAMPLES / "data/quickstart/tokenizer.model"
 # A pair is read as such by the reward model, as a dialogue by SFT and ptx, as a prompt by critic and PPO.
 ROW = {"chosen": "\n\nHuman: Hi.\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi.\n\nAssistant: No."}
-HERE = ["model.policy=", "model.reward=", "model.critic=", "model.reference=", f"model.tokenizer={TOKENIZER}"]
-TINY = [*HERE, "data.train=rows.jsonl", "data.eval=rows.jsonl", "data.ptx=rows.jsonl", "parallel.tp=1", "parallel.pp=2"]
+DATA = ["data.train=rows.jsonl", "data.eval=rows.jsonl", "data.ptx=rows.jsonl"]
 
 
 def config_path(name):
     return str(EXAMPLES / "configs" / f"{name}_llama7b.toml")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A current folder with the file that TINY names."""
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_python_runs_a_launcher_as_torchrun_does(name, folder):
-    command = [sys.executable, "-u", EXAMPLES / f"{name}_llama7b.sh", "--dry-run", "--world-size", "2", *TINY]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    resolved = tomllib.loads(done.stdout)
-    assert resolved["train"]["output"] == f"runs/{name}_llama7b"
-    assert resolved["parallel"]["policy"] == {"tp": 1, "pp": 2}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -141,6 +123,20 @@ def clone(tmp_path_factory):
         (folder / "config.json").write_text(json.dumps(config_json(shape, dtype="float32", **ids)))
         tokenizer.save(folder)
     return root
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_python_runs_a_launcher_as_torchrun_does(name, clone, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    folders = {"policy": "sft", "reward": "reward", "critic": "critic", "reference": "sft"}
+    models = [f"model.{role}={clone / 'runs/quickstart' / folder / 'hf'}" for role, folder in folders.items()]
+    arguments = [*models, f"model.tokenizer={TOKENIZER}", *DATA, "parallel.tp=1", "parallel.pp=2"]
+    command = [sys.executable, "-u", EXAMPLES / f"{name}_llama7b.sh", "--dry-run", "--world-size", "2", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    resolved = tomllib.loads(done.stdout)
+    assert resolved["train"]["output"] == f"runs/{name}_llama7b"
+    assert resolved["parallel"]["policy"] == {"tp": 1, "pp": 2}
 
 
 @pytest.mark.dist
