@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppomax.engine.ppo.types import Rollout
+
 WORKER = Path(__file__).with_name("generate_layouts_worker.py")
 CASES = (
     "grouped tp2",
@@ -28,7 +30,8 @@ def results(on_ranks, tmp_path_factory: pytest.TempPathFactory):
     """{case: one {setting: Rollout} per rank}."""
     path = tmp_path_factory.mktemp("generate") / "rollouts.pt"
     on_ranks(4, run_worker, str(path))
-    return torch.load(path, weights_only=False)
+    with torch.serialization.safe_globals([Rollout]):
+        return torch.load(path, weights_only=True)
 
 
 def run_worker(path: str) -> None:

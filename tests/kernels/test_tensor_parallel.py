@@ -131,7 +131,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(NUM_RANKS)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
 
 
 @pytest.fixture(scope="module")
