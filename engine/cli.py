@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from ppomax.engine.config import RunConfig
 from ppomax.engine.config_checks import check_paths
 from ppomax.engine.config_file import load_config, to_toml
 from ppomax.engine.config_help import describe
@@ -29,6 +28,7 @@ from ppomax.engine.errors import (
     PpomaxError,
 )
 from ppomax.engine.parallel.layout import check_layout
+from ppomax.engine.stage import stage_function
 
 STAGES = {
     "sft": "supervised fine-tuning on dialogues",
@@ -131,25 +131,11 @@ def _stage(command: str, argv: list[str]) -> None:
 
     lines = check_models(config, command)
     if not arguments.dry_run:
-        _run(command, config)
+        stage_function(command)(config)
     elif _local_rank() == 0:
         lines = check_inputs(config, command) + lines
         print(to_toml(config), end="")
         print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
-
-
-def _run(command: str, config: RunConfig) -> None:
-    if command == "sft":
-        from ppomax.engine.train_sft import run
-    elif command == "reward":
-        from ppomax.engine.train_reward import run
-    elif command == "critic":
-        from ppomax.engine.train_critic import run
-    elif command == "ppo":
-        from ppomax.engine.train_ppo import run
-    else:
-        from ppomax.engine.evaluate import run
-    run(config)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -23,6 +23,7 @@ from ppomax.engine.config_checks import check_paths
 from ppomax.engine.config_file import load_config
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.parallel.layout import check_layout
+from ppomax.engine.stage import stage_function
 from ppomax.tools.plots import plot_recipe
 
 MARKER = "recipe.json"
@@ -62,7 +63,7 @@ def run_recipe(
     for name, (command, config) in resolved.items():
         print(f"\n== {name}: writes {config.train.output}", flush=True)
         started = time.perf_counter()
-        _stage(command)(config)
+        stage_function(command)(config)
         seconds[name] = round(time.perf_counter() - started, 1)
     summary = _summarise(output, seconds, gold)
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -115,20 +116,6 @@ def _prepare_output(output: Path) -> None:
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).write_text(json.dumps({"written_by": "ppomax recipe"}))
-
-
-def _stage(command: str) -> Callable[[RunConfig], None]:
-    if command == "sft":
-        from ppomax.engine.train_sft import run
-    elif command == "reward":
-        from ppomax.engine.train_reward import run
-    elif command == "critic":
-        from ppomax.engine.train_critic import run
-    elif command == "ppo":
-        from ppomax.engine.train_ppo import run
-    else:
-        from ppomax.engine.evaluate import run
-    return run
 
 
 def _summarise(output: Path, seconds: dict[str, float], gold: Gold | None) -> dict[str, Any]:

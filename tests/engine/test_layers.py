@@ -112,7 +112,7 @@ def test_only_the_command_line_imports_tools():
 
 
 def test_the_import_reader_sees_every_way_of_importing():
-    assert "engine/train_ppo.py" in imported_files("engine/cli.py")
+    assert "engine/train_ppo.py" in imported_files("engine/stage.py")
     assert "engine/config.py" in imported_files("engine/config_file.py")
 
 
