@@ -13,9 +13,21 @@ SERIES_COEFFICIENTS = tuple(1.0 / factorial for factorial in (2, 6, 24, 120, 720
 """exp(d) - 1 - d = d^2 (1/2! + d/3! + d^2/4! + ...); what is left out is below 4e-10 of the result at SERIES_LIMIT."""
 
 
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where one of the tensors has it, else float32: the type that results are computed and returned in."""
+    is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
     """x in the type that results are computed in: fp32, or fp64 where x has it (gradient checks)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., columns] as [rows, columns], copied only where the entries of a row are not neighbours in memory."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:

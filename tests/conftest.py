@@ -1,6 +1,7 @@
 """A tiny world for tests that run whole stages: Hugging Face folders, a tokenizer, data files, configurations."""
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported: the tests of kernels/ run its kernels in its interpreter. Everything else
+    # runs the torch references, as it would on such a machine without these variables.
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["PPOMAX_KERNELS"] = "reference"
 
 from ppomax.engine.models.hf_config import config_json
 from ppomax.engine.models.hf_reader import RandomReader

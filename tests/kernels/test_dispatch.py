@@ -1,5 +1,6 @@
 """Which implementation computes, and that deciding it does not load triton."""
 
+import os
 import subprocess
 import sys
 
@@ -9,13 +10,14 @@ import torch
 from ppomax.kernels import dispatch, gae_reference
 from ppomax.kernels.dispatch import implementation, use_triton
 
+pytestmark = pytest.mark.one_version
+
 CPU = torch.zeros(1)
 
 
 @pytest.fixture
 def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """gae has a Triton version, triton is installed, and its interpreter is on."""
-    monkeypatch.setattr(dispatch, "TRITON_OPS", frozenset({"gae"}))
+    """triton is installed, and its interpreter is on."""
     monkeypatch.setattr(dispatch, "_triton_is_installed", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delenv("PPOMAX_KERNELS", raising=False)
@@ -23,26 +25,22 @@ def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_interpreted_operation_uses_triton(triton_everywhere: pytest.MonkeyPatch) -> None:
-    assert use_triton("gae", CPU, None)
-
-
-def test_operation_without_triton_version_uses_the_reference(triton_everywhere: pytest.MonkeyPatch) -> None:
-    assert not use_triton("rope", CPU)
+    assert use_triton(CPU, None)
 
 
 def test_environment_can_ask_for_the_reference(triton_everywhere: pytest.MonkeyPatch) -> None:
     triton_everywhere.setenv("PPOMAX_KERNELS", "reference")
-    assert not use_triton("gae", CPU)
+    assert not use_triton(CPU)
 
 
 def test_missing_triton_means_the_reference(triton_everywhere: pytest.MonkeyPatch) -> None:
     triton_everywhere.setattr(dispatch, "_triton_is_installed", lambda: False)
-    assert not use_triton("gae", CPU)
+    assert not use_triton(CPU)
 
 
 def test_cpu_tensor_uses_the_reference_without_the_interpreter(triton_everywhere: pytest.MonkeyPatch) -> None:
     triton_everywhere.delenv("TRITON_INTERPRET")
-    assert not use_triton("gae", CPU)
+    assert not use_triton(CPU)
 
 
 def test_reference_module_is_the_implementation_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,4 +56,5 @@ def test_import_of_every_kernel_loads_no_triton() -> None:
         "assert 'ppomax.kernels.gae' in sys.modules\n"
         "assert 'triton' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    environment = {**os.environ, "PPOMAX_KERNELS": "reference"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
