@@ -11,7 +11,7 @@ TYPES := build/types
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: help venv quickstart test test-all test-gpu lint format types wheel-check clean
+.PHONY: help venv quickstart test test-all test-gpu aot bench-kernels lint format types wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,12 @@ test-all: venv ## the slow tests too
 
 test-gpu: venv ## the tests that need a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -m gpu -rs
+
+aot: venv ## compile every Triton kernel for sm_80 and sm_90, no GPU needed; report in docs/benchmarks
+	env -u TRITON_INTERPRET $(BIN)/python -m ppomax.tools.aot_kernels --output docs/benchmarks
+
+bench-kernels: venv ## test, then time every kernel and its peers, on the GPU or the CPU; ARGS="--only gae"
+	$(BIN)/python -m ppomax.tools.bench_kernels $(ARGS)
 
 lint: venv types ## ruff and mypy
 	$(BIN)/ruff check .

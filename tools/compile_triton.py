@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not here, and reads from the result what a gate can judge.
 
 `recorded` lets calls of kernels/ on tensors of device "meta" note their launches, each with the specialisation that
-Triton's own launcher would give it. `compile_for` translates a launch; `facts_of` reads registers, spills, shared memory
-and instructions. No driver is needed, but Triton's interpreter must be off.
+Triton's own launcher would give it. `compile_for` translates a launch; `facts_of` reads registers, spills, shared
+memory and instructions. No driver is needed, but Triton's interpreter must be off.
 """
 
 import re
