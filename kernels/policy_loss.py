@@ -6,13 +6,16 @@ caller's.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
+from ppomax.kernels.attach import with_gradients
 from ppomax.kernels.dispatch import implementation
+from ppomax.kernels.numerics import wide_dtype
+from ppomax.kernels.whiten import Moments
 
 Clip = float | tuple[float, float] | None
 """Bounds of the ratio: a number e for [1 - e, 1 + e], a pair (low, high) for [1 - low, 1 + high], None for none."""
@@ -32,6 +35,22 @@ class PolicyLoss(NamedTuple):
     dual_clip_fraction: Tensor
 
 
+class PolicySettings(NamedTuple):
+    """The settings of policy_loss as its operators take them: a bound that is off is infinite.
+
+    penalty_beta is None for objective "clip".
+    """
+
+    ratio_min: float
+    ratio_max: float
+    dual_clip: float
+    advantage_clip: float
+    penalty_beta: float | None
+    shift_mean: bool
+    unbiased: bool
+    whiten_eps: float
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -41,25 +60,62 @@ def policy_loss(
     clip: Clip,
     dual_clip: float | None = None,
     importance_weights: Tensor | None = None,
+    moments: Moments | None = None,
+    shift_mean: bool = True,
+    unbiased: bool = False,
+    whiten_eps: float = 1e-6,
     advantage_clip: float | None = None,
     objective: Literal["clip", "penalty"] = "clip",
     penalty_beta: float = 0.0,
 ) -> PolicyLoss:
     """Weighted sum over tokens of PPO's clipped surrogate (paper Eq. 15) or KL-penalised one (Eq. 14), to be minimised.
 
-    All tensors have one shape, [N] or [B, T], and are float.
+    All tensors but moments have one shape, [N] or [B, T], and are float.
     logprobs: of the policy being trained, nats; the only input that gets a gradient.
     old_logprobs: of the policy that sampled, nats. advantages: in units of reward.
     weights: loss weight of each token, mask / global number of kept tokens; 0: the token is not read.
     importance_weights: factor of each token's loss, not of its metrics; unset: 1.
-    clip: bounds of the ratio in objective "clip". advantage_clip: advantages are clamped to +- this first.
+    moments: advantages are whitened by them on the fly, as by whiten(advantages, ..., moments=moments); unset: not.
+    shift_mean, unbiased, whiten_eps: of that whitening.
+    advantage_clip: advantages are clamped to +- this, after whitening.
+    clip: bounds of the ratio in objective "clip".
     dual_clip: for negative advantages the loss is at most dual_clip * |advantage| (Ye et al. 2020).
     objective "penalty": -ratio * advantage + penalty_beta * KL(old || new), without clip and dual_clip; the KL of a
     token sampled from old is estimated by ratio - 1 - log ratio, which is unbiased and never negative (k3).
-    The log-ratio is clamped to +- 20, beyond which the gradient is 0. Returns PolicyLoss.
+    The log-ratio is clamped to +- 20, beyond which the gradient is 0.
+    Returns PolicyLoss, float32 (float64 where one of the inputs has it).
     Raises ValueError on unequal shapes, on bounds that are not positive and on dual_clip <= 1.
     """
-    _check(logprobs, old_logprobs, advantages, weights, importance_weights)
+    others = (old_logprobs, advantages, weights, importance_weights)
+    _check(logprobs, *others)
+    settings = policy_settings(
+        clip=clip,
+        dual_clip=dual_clip,
+        advantage_clip=advantage_clip,
+        objective=objective,
+        penalty_beta=penalty_beta,
+        shift_mean=shift_mean,
+        unbiased=unbiased,
+        whiten_eps=whiten_eps,
+    )
+    constants = [None if x is None else x.detach() for x in others]
+    scalars, grad = _policy_loss(logprobs.detach(), *constants, list(moments or ()), *settings)
+    loss, *metrics = scalars.unbind()
+    return PolicyLoss(with_gradients(loss, [logprobs], [grad]), *metrics)
+
+
+def policy_settings(
+    *,
+    clip: Clip,
+    dual_clip: float | None = None,
+    advantage_clip: float | None = None,
+    objective: Literal["clip", "penalty"] = "clip",
+    penalty_beta: float = 0.0,
+    shift_mean: bool = True,
+    unbiased: bool = False,
+    whiten_eps: float = 1e-6,
+) -> PolicySettings:
+    """PolicySettings for the arguments of policy_loss; raises its errors about them."""
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     low, high = (1.0 if low is None else low), (math.inf if high is None else high)  # ratios from 0 to infinity
     if min(low, high) <= 0 or (advantage_clip is not None and advantage_clip <= 0):
@@ -70,14 +126,16 @@ def policy_loss(
         )
     if objective not in ("clip", "penalty"):
         raise ValueError(f'policy_loss: objective {objective!r}; expected "clip" or "penalty"')
-    settings = {
-        "ratio_min": 1 - low,
-        "ratio_max": 1 + high,
-        "dual_clip": dual_clip,
-        "advantage_clip": advantage_clip,
-        "penalty_beta": penalty_beta if objective == "penalty" else None,
-    }
-    return PolicyLoss(*_PolicyLoss.apply(logprobs, old_logprobs, advantages, weights, importance_weights, settings))
+    return PolicySettings(
+        ratio_min=1 - low,
+        ratio_max=1 + high,
+        dual_clip=math.inf if dual_clip is None else dual_clip,
+        advantage_clip=math.inf if advantage_clip is None else advantage_clip,
+        penalty_beta=penalty_beta if objective == "penalty" else None,
+        shift_mean=shift_mean,
+        unbiased=unbiased,
+        whiten_eps=whiten_eps,
+    )
 
 
 def _check(logprobs: Tensor, *others: Tensor | None) -> None:
@@ -86,25 +144,55 @@ def _check(logprobs: Tensor, *others: Tensor | None) -> None:
         raise ValueError(f"policy_loss: logprobs {tuple(logprobs.shape)} and the others {shapes} must have one shape")
 
 
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        weights: Tensor,
-        importance_weights: Tensor | None,
-        settings: dict[str, float | None],
-    ) -> tuple[Tensor, ...]:
-        compute = implementation("policy_loss", logprobs, old_logprobs, advantages, weights, importance_weights)
-        scalars, grad = compute.policy_loss(logprobs, old_logprobs, advantages, weights, importance_weights, **settings)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(*scalars[1:])
-        return scalars
+@custom_op("ppomax::policy_loss", mutates_args=())
+def _policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    importance_weights: Tensor | None,
+    moments: list[Tensor],
+    ratio_min: float,
+    ratio_max: float,
+    dual_clip: float,
+    advantage_clip: float,
+    penalty_beta: float | None,
+    shift_mean: bool,
+    unbiased: bool,
+    whiten_eps: float,
+) -> tuple[Tensor, Tensor]:
+    tensors = (logprobs, old_logprobs, advantages, weights, importance_weights)
+    return implementation("policy_loss", *tensors, *moments).policy_loss(
+        *tensors,
+        moments,
+        ratio_min=ratio_min,
+        ratio_max=ratio_max,
+        dual_clip=dual_clip,
+        advantage_clip=advantage_clip,
+        penalty_beta=penalty_beta,
+        shift_mean=shift_mean,
+        unbiased=unbiased,
+        whiten_eps=whiten_eps,
+    )
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None, None
+
+@_policy_loss.register_fake
+def _(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    importance_weights: Tensor | None,
+    moments: list[Tensor],
+    ratio_min: float,
+    ratio_max: float,
+    dual_clip: float,
+    advantage_clip: float,
+    penalty_beta: float | None,
+    shift_mean: bool,
+    unbiased: bool,
+    whiten_eps: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = wide_dtype(logprobs, old_logprobs, advantages, weights, importance_weights)
+    grad = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
+    return logprobs.new_empty(5, dtype=dtype), grad
