@@ -24,6 +24,8 @@ def _sum_partials_kernel(PARTIAL, OUT, P, BLOCK: tl.constexpr, ACC: tl.constexpr
 def sum_partials(partial: Tensor) -> Tensor:
     """Sums [K] of the columns of partial [P, K], a contiguous float32 or float64 tensor; 0 where P is 0."""
     P, K = partial.shape
+    if P == 0:
+        return torch.zeros(K, dtype=partial.dtype, device=partial.device)
     out = torch.empty(K, dtype=partial.dtype, device=partial.device)
     _sum_partials_kernel[(K,)](partial, out, P, BLOCK=BLOCK, ACC=accumulation_type(partial), num_warps=4)
     return out

@@ -3,13 +3,15 @@
 A weighted sum over tokens, as in policy_loss.py.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
+from ppomax.kernels.attach import with_gradients
 from ppomax.kernels.dispatch import implementation
+from ppomax.kernels.numerics import wide_dtype
 
 
 class ValueLoss(NamedTuple):
@@ -31,31 +33,37 @@ def value_loss(
     values: v of the critic being trained, the only input that gets a gradient.
     old_values: v_old at rollout time. returns: R.
     weights: loss weight of each token, mask / global number of kept tokens; 0: the token is not read.
-    clip: None for the plain squared error. Returns ValueLoss.
+    clip: None for the plain squared error.
+    Returns ValueLoss, float32 (float64 where one of the inputs has it).
     Raises ValueError on unequal shapes and on a clip that is not positive.
     Source: paper Eq. 16; the factor 1/2 and the clipping are the released code's.
     """
     shapes = [tuple(x.shape) for x in (values, old_values, returns, weights)]
     if len(set(shapes)) != 1:
         raise ValueError(f"value_loss: values, old_values, returns, weights have shapes {shapes}; expected one shape")
+    check_value_clip("value_loss", clip)
+    scalars, grad = _value_loss(values.detach(), old_values.detach(), returns.detach(), weights.detach(), clip)
+    loss, clip_fraction = scalars.unbind()
+    return ValueLoss(with_gradients(loss, [values], [grad]), clip_fraction)
+
+
+def check_value_clip(function: str, clip: float | None) -> None:
+    """Raises ValueError on a clip that is not positive."""
     if clip is not None and clip <= 0:
-        raise ValueError(f"value_loss: clip {clip} must be positive or None")
-    return ValueLoss(*_ValueLoss.apply(values, old_values, returns, weights, clip))
+        raise ValueError(f"{function}: clip {clip} must be positive or None")
 
 
-class _ValueLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
-    ) -> tuple[Tensor, Tensor]:
-        compute = implementation("value_loss", values, old_values, returns, weights)
-        loss, clip_fraction, grad = compute.value_loss(values, old_values, returns, weights, clip=clip)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(clip_fraction)
-        return loss, clip_fraction
+@custom_op("ppomax::value_loss", mutates_args=())
+def _value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    tensors = (values, old_values, returns, weights)
+    return implementation("value_loss", *tensors).value_loss(*tensors, clip=clip)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None, None
+
+@_value_loss.register_fake
+def _(
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    scalars = values.new_empty(2, dtype=wide_dtype(values, old_values, returns, weights))
+    return scalars, torch.empty_like(values, memory_format=torch.contiguous_format)
