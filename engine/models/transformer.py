@@ -97,7 +97,14 @@ class PackedModel(GPTModel):
 
     def scalars(self, hidden: Tensor) -> Tensor:
         """Last stage of a model with a scalar head: hidden [M, H] -> [M] float32."""
-        return self.output_layer(hidden) if self.shape.scalar else self.scalar_head(hidden)
+        return self._scalar_head()(hidden)
+
+    def scalar_weight(self) -> Tensor:
+        """Last stage of a model with a scalar head: its weight [1, H], for losses that compute the head themselves."""
+        return self._scalar_head().weight
+
+    def _scalar_head(self) -> ScalarHead:
+        return self.output_layer if self.shape.scalar else self.scalar_head
 
     def forward(self, pack: Pack, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states [N(/tp), 1, H] of this stage; on the last stage those of the rows that the pack selects, [M,

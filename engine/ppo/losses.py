@@ -15,7 +15,7 @@ from ppomax.engine.models.roles import Role
 from ppomax.engine.ppo.scoring import head_logprobs
 from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder, total
 from ppomax.kernels.policy_loss import policy_loss
-from ppomax.kernels.value_loss import value_loss
+from ppomax.kernels.value_head_loss import value_head_loss
 
 POLICY_METRICS = (
     "policy_loss",
@@ -89,11 +89,12 @@ class ValueObjective:
         self.old_values, self.returns, self.weights = old_values, returns, weights
 
     def __call__(self, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-        result = value_loss(
-            self.critic.stage.scalars(hidden),
+        loss, clip_fraction, _ = value_head_loss(
+            hidden,
+            self.critic.stage.scalar_weight(),
             self.old_values[pack.index],
             self.returns[pack.index],
             self.weights[pack.index],
             clip=self.config.value_clip,
         )
-        return self.config.value_coef * result.loss, torch.stack([metric.detach().float() for metric in result])
+        return self.config.value_coef * loss, torch.stack([loss.detach(), clip_fraction])
