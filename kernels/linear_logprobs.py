@@ -1,25 +1,41 @@
-"""Log-probabilities, policy loss and KL straight from hidden states: the vocabulary head is part of the function.
+"""Log-probabilities straight from hidden states: the vocabulary head is part of the function.
 
-Logits exist in fp32 for a chunk of tokens at a time, in the forward and again in the backward pass; they are never
+Logits exist in fp32 for a chunk of rows at a time, in the forward and again in the backward pass; they are never
 rounded to the type of the weights, which would put errors above 1 % into PPO's ratio. Labels < 0 mask rows, as in
-logprobs.py.
+logprobs.py. A loss whose derivative by the log-probabilities is known at once is cheaper by linear_policy_loss.py.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+from torch.library import custom_op
 
 from ppomax.kernels.dispatch import implementation
+from ppomax.kernels.linear import (
+    add_product,
+    check_head,
+    gradient_view,
+    kept_rows,
+    logits_buffer,
+    operand,
+    product_into,
+    row_chunks,
+    rows_per_chunk,
+)
 from ppomax.kernels.logprobs import check_rows
-from ppomax.kernels.numerics import keep, total
-from ppomax.kernels.policy_loss import Clip, PolicyLoss, policy_loss
-from ppomax.kernels.shards import first_column, gather_shards, sum_shards
-
-CHUNK_BYTES = 2**28
-"""fp32 logits that exist at the same time by default: 256 MiB is 2097 tokens of a 32,000-token vocabulary."""
+from ppomax.kernels.numerics import wide_dtype
+from ppomax.kernels.shards import (
+    finish_sums,
+    first_column,
+    gather_shards,
+    group_name,
+    group_of,
+    group_size,
+    num_real_columns,
+    start_sum,
+)
 
 
 def linear_logprobs(
@@ -37,149 +53,128 @@ def linear_logprobs(
     hidden [N, H] float: final hidden states, the same on every rank of tp_group.
     weight [V/tp, H] float: this rank's rows of the head.
     labels, temperature, tp_group, vocab_size: as in token_logprobs.
-    chunk_rows: tokens whose logits exist at the same time. Unset: as many as fit CHUNK_BYTES.
+    chunk_rows: rows whose logits exist at the same time. Unset: as many as fit linear.CHUNK_BYTES.
     Returns (logprobs [N], entropy [N]) in nats, float32 (float64 for float64 inputs). The gradient of hidden is the
-    sum over tp_group (one all-reduce), that of weight is this rank's; both are accumulated in fp32 and rounded once
-    to the dtype of their tensor.
+    sum over tp_group (one all-reduce a chunk), that of weight is this rank's; the gradient of the logits is rounded to
+    the dtype of hidden before it meets either.
     Every rank of tp_group must call it and its backward. The equations are in logprobs_reference.py.
     Raises ValueError on shapes that do not fit and on a temperature that is not positive.
     """
     check_rows("linear_logprobs", hidden, labels, temperature)
-    _check_head("linear_logprobs", hidden, weight)
-    return _LinearLogprobs.apply(
-        hidden, weight, labels, temperature, tp_group, vocab_size, chunk_rows or rows_per_chunk(weight)
-    )
+    check_head("linear_logprobs", hidden, weight)
+    chunk = chunk_rows or rows_per_chunk(weight)
+    arguments = (hidden.contiguous(), weight, labels.contiguous(), temperature, group_name(tp_group), vocab_size, chunk)
+    return _forward(*arguments)[:2]
 
 
-def linear_policy_loss(
+@custom_op("ppomax::linear_logprobs", mutates_args=())
+def _forward(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    *,
-    clip: Clip,
-    dual_clip: float | None = None,
-    entropy_coef: float = 0.0,
-    tp_group: ProcessGroup | None = None,
-    vocab_size: int | None = None,
-) -> PolicyLoss:
-    """policy_loss of linear_logprobs, minus entropy_coef times the weighted sum of the entropies.
-
-    hidden [N, H], weight [V/tp, H], labels [N]: as in linear_logprobs.
-    old_logprobs, advantages, weights [N]: as in policy_loss; a row with a label < 0 or of weight 0 is not read.
-    Returns PolicyLoss, whose loss is differentiable in hidden and weight.
-    Every rank of tp_group must call it and its backward.
-    """
-    is_kept = (labels >= 0) & (weights != 0)
-    labels, weights = torch.where(is_kept, labels, -1), keep(weights, is_kept)
-    logprobs, entropy = linear_logprobs(hidden, weight, labels, tp_group=tp_group, vocab_size=vocab_size)
-    result = policy_loss(logprobs, old_logprobs, advantages, weights, clip=clip, dual_clip=dual_clip)
-    if entropy_coef == 0:
-        return result
-    return result._replace(loss=result.loss - entropy_coef * total(weights * entropy))
+    temperature: float,
+    tp_group: str | None,
+    vocab_size: int | None,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, row_max, log_sum) [N] each."""
+    compute, group = implementation("logprobs", hidden, weight, labels), group_of(tp_group)
+    first = first_column(weight.shape[0], group)
+    num_real = num_real_columns(weight.shape[0], first, vocab_size)
+    buffer, columns = logits_buffer(hidden, weight, chunk_rows), operand(weight).T
+    parts = [torch.empty(4, 0, dtype=buffer.dtype, device=buffer.device)]
+    for rows in row_chunks(hidden.shape[0], chunk_rows):
+        logits = product_into(buffer[: rows.stop - rows.start], operand(hidden[rows]), columns)
+        parts.append(
+            compute.shard_statistics(logits, labels[rows], temperature=temperature, first=first, num_real=num_real)
+        )
+    return compute.combine_statistics(gather_shards(torch.cat(parts, dim=1), group), labels, temperature=temperature)
 
 
-@torch.no_grad()
-def linear_full_kl(
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    empty = hidden.new_empty(labels.shape, dtype=wide_dtype(hidden))
+    return empty, empty.clone(), empty.clone(), empty.clone()
+
+
+@custom_op("ppomax::linear_logprobs_backward", mutates_args=())
+def _backward(
     hidden: Tensor,
     weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    rows_mask: Tensor | None = None,
-    *,
-    tp_group: ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    chunk_rows: int | None = None,
-) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) of two whole next-token distributions per token; not differentiable.
-
-    hidden [N, H], weight [V/tp, H] float: of p. ref_hidden [N, H'], ref_weight [V/tp, H'] float: of q, sharded alike.
-    rows_mask [N] bool: rows that count; the others are not read and give 0. Unset: all.
-    Returns kl [N] in nats, float32 (float64 for float64 inputs), never below 0 by more than rounding.
-    Every rank of tp_group must call it. Raises ValueError on shapes that do not fit.
-    Source: paper Eq. 19, whose KL is over "the action space of the i-th response token".
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    weight_needed: bool,
+    temperature: float,
+    tp_group: str | None,
+    vocab_size: int | None,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """(d loss / d hidden, d loss / d weight): with dx = d loss / d logits, dx weight (summed over the group), dx^T
+    hidden. The second is empty where it is not needed.
     """
-    _check_head("linear_full_kl", hidden, weight)
-    _check_head("linear_full_kl", ref_hidden, ref_weight)
-    if hidden.shape[0] != ref_hidden.shape[0] or weight.shape[0] != ref_weight.shape[0]:
-        raise ValueError(
-            f"linear_full_kl: hidden {tuple(hidden.shape)} and ref_hidden {tuple(ref_hidden.shape)} need equal rows,"
-            f" weight {tuple(weight.shape)} and ref_weight {tuple(ref_weight.shape)} too"
+    compute, group = implementation("logprobs", hidden, weight, labels), group_of(tp_group)
+    first = first_column(weight.shape[0], group)
+    num_real = num_real_columns(weight.shape[0], first, vocab_size)
+    buffer, head = logits_buffer(hidden, weight, chunk_rows), operand(weight)
+    grad_hidden = torch.empty_like(hidden, dtype=hidden.dtype if group_size(group) == 1 else buffer.dtype)
+    grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=buffer.dtype, device=weight.device)
+    sums = []
+    for rows in row_chunks(hidden.shape[0], chunk_rows):
+        inputs = kept_rows(hidden[rows], labels[rows])
+        logits = product_into(buffer[: rows.stop - rows.start], operand(inputs), head.T)
+        grad_logits = compute.logits_gradient(
+            logits,
+            labels[rows],
+            row_max[rows],
+            log_sum[rows],
+            entropy[rows],
+            grad_logprobs[rows],
+            grad_entropy[rows],
+            temperature=temperature,
+            first=first,
+            num_real=num_real,
+            out=gradient_view(logits, hidden.dtype),
         )
-    if rows_mask is None:
-        rows_mask = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-    compute = implementation("linear_logprobs", hidden, weight, ref_hidden, ref_weight)
-    return compute.full_kl(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        rows_mask,
-        tp_group=tp_group,
-        vocab_size=vocab_size,
-        chunk_rows=chunk_rows or rows_per_chunk(weight),
-    )
+        # Rows of the head that are padding may hold anything, and 0 * NaN would reach d hidden.
+        product_into(grad_hidden[rows], grad_logits[:, :num_real], weight[:num_real])
+        sums.append(start_sum(grad_hidden[rows], group))
+        if weight_needed:
+            add_product(grad_weight, grad_logits.T, inputs)
+    finish_sums(sums)
+    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
 
 
-def rows_per_chunk(weight: Tensor) -> int:
-    """Tokens whose fp32 logits over the columns of weight [V/tp, H] fit CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+@_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+    weight_needed: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight) if weight_needed else weight.new_empty(0)
 
 
-def _check_head(function: str, hidden: Tensor, weight: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"{function}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [N, H] and [V/tp, H]"
-        )
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, *ctx.settings = inputs
+    _, entropy, row_max, log_sum = output
+    ctx.save_for_backward(hidden, weight, labels, row_max, log_sum, entropy)
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        temperature: float,
-        tp_group: ProcessGroup | None,
-        vocab_size: int | None,
-        chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        compute = implementation("linear_logprobs", hidden, weight, labels)
-        settings = {
-            "temperature": temperature,
-            "first": first_column(weight.shape[0], tp_group),
-            "vocab_size": vocab_size,
-            "chunk_rows": chunk_rows,
-        }
-        shard = compute.shard_statistics(hidden, weight, labels, **settings)
-        logprobs, entropy, row_max, log_sum = compute.combine_statistics(gather_shards(shard, tp_group), labels)
-        ctx.save_for_backward(hidden, weight, labels, row_max, log_sum, entropy)
-        ctx.compute, ctx.settings, ctx.tp_group = compute, settings, tp_group
-        return logprobs, entropy
+def _propagate(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    upstream = grad_logprobs.contiguous(), grad_entropy.contiguous()
+    weight_needed = ctx.needs_input_grad[1]
+    grad_hidden, grad_weight = _backward(*ctx.saved_tensors, *upstream, weight_needed, *ctx.settings)
+    return grad_hidden, grad_weight if weight_needed else None, None, None, None, None, None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, row_max, log_sum, entropy = ctx.saved_tensors
-        hidden_needed, weight_needed = ctx.needs_input_grad[:2]
-        grad_hidden, grad_weight = ctx.compute.gradients(
-            hidden,
-            weight,
-            labels,
-            row_max,
-            log_sum,
-            entropy,
-            grad_logprobs,
-            grad_entropy,
-            hidden_needed=hidden_needed,
-            weight_needed=weight_needed,
-            **ctx.settings,
-        )
-        if grad_hidden is not None:
-            grad_hidden = sum_shards(grad_hidden, ctx.tp_group).to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+
+_forward.register_autograd(_propagate, setup_context=_save)

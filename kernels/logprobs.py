@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+from torch.library import custom_op
 
 from ppomax.kernels.dispatch import implementation
-from ppomax.kernels.shards import first_column, gather_shards
+from ppomax.kernels.numerics import contiguous, rows_of, wide_dtype
+from ppomax.kernels.shards import first_column, gather_shards, group_name, group_of, num_real_columns
 
 
 def token_logprobs(
@@ -35,7 +36,7 @@ def token_logprobs(
     Raises ValueError on shapes that do not fit and on a temperature that is not positive.
     """
     check_rows("token_logprobs", logits, labels, temperature)
-    return _TokenLogprobs.apply(logits, labels, temperature, tp_group, vocab_size)
+    return _forward(rows_of(logits), labels.contiguous(), temperature, group_name(tp_group), vocab_size)[:2]
 
 
 def check_rows(function: str, rows: Tensor, labels: Tensor, temperature: float) -> None:
@@ -49,32 +50,72 @@ def check_rows(function: str, rows: Tensor, labels: Tensor, temperature: float) 
         raise ValueError(f"{function}: temperature {temperature} must be positive")
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        temperature: float,
-        tp_group: ProcessGroup | None,
-        vocab_size: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        compute = implementation("logprobs", logits, labels)
-        first = first_column(logits.shape[1], tp_group)
-        shard = compute.shard_statistics(logits, labels, temperature=temperature, first=first, vocab_size=vocab_size)
-        logprobs, entropy, row_max, log_sum = compute.combine_statistics(gather_shards(shard, tp_group), labels)
-        ctx.save_for_backward(logits, labels, row_max, log_sum, entropy)
-        ctx.compute, ctx.settings = compute, {"temperature": temperature, "first": first, "vocab_size": vocab_size}
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
+@custom_op("ppomax::token_logprobs", mutates_args=())
+def _forward(
+    logits: Tensor, labels: Tensor, temperature: float, tp_group: str | None, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, row_max, log_sum) [N] each."""
+    compute, group = implementation("logprobs", logits, labels), group_of(tp_group)
+    shard = compute.shard_statistics(logits, labels, temperature=temperature, **_columns(logits, group, vocab_size))
+    return compute.combine_statistics(gather_shards(shard, group), labels, temperature=temperature)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, labels, row_max, log_sum, entropy = ctx.saved_tensors
-        if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None, None
-        grad = ctx.compute.logits_gradient(
-            logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, **ctx.settings
-        )
-        return grad.to(logits.dtype), None, None, None, None
+
+@_forward.register_fake
+def _(
+    logits: Tensor, labels: Tensor, temperature: float, tp_group: str | None, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    empty = logits.new_empty(labels.shape, dtype=wide_dtype(logits))
+    return empty, empty.clone(), empty.clone(), empty.clone()
+
+
+@custom_op("ppomax::token_logprobs_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    tp_group: str | None,
+    vocab_size: int | None,
+) -> Tensor:
+    return implementation("logprobs", logits, labels).logits_gradient(
+        logits,
+        labels,
+        row_max,
+        log_sum,
+        entropy,
+        contiguous(grad_logprobs),
+        contiguous(grad_entropy),
+        temperature=temperature,
+        **_columns(logits, group_of(tp_group), vocab_size),
+        out=torch.empty_like(logits, memory_format=torch.contiguous_format),
+    )
+
+
+@_backward.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _columns(logits: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> dict[str, int]:
+    first = first_column(logits.shape[1], group)
+    return {"first": first, "num_real": num_real_columns(logits.shape[1], first, vocab_size)}
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, *ctx.settings = inputs
+    _, entropy, row_max, log_sum = output
+    ctx.save_for_backward(logits, labels, row_max, log_sum, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _propagate(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None, None, None
+    return _backward(*ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.settings), None, None, None, None
+
+
+_forward.register_autograd(_propagate, setup_context=_save)

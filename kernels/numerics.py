@@ -30,6 +30,10 @@ def rows_of(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def keep(x: Tensor, mask: Tensor) -> Tensor:
     """x where the mask is True and 0 elsewhere, whatever stands there: a product would let 0 * NaN through."""
     return torch.where(mask, x, 0.0)

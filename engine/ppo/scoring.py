@@ -9,7 +9,8 @@ from ppomax.engine.data.batches import Pack, Rows, last_token_rows, response_row
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
 from ppomax.engine.ppo.types import Rollout
-from ppomax.kernels.linear_logprobs import linear_full_kl, linear_logprobs
+from ppomax.kernels.linear_full_kl import linear_full_kl
+from ppomax.kernels.linear_logprobs import linear_logprobs
 
 
 def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) -> tuple[Tensor, Tensor]:

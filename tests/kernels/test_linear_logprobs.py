@@ -1,4 +1,4 @@
-"""Log-probabilities, policy loss and full KL from hidden states, against the same with stored logits in fp64."""
+"""Log-probabilities from hidden states, against the same with stored logits in fp64."""
 
 import math
 
@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import Categorical
 
-from ppomax.kernels import linear_logprobs as module
-from ppomax.kernels.linear_logprobs import linear_full_kl, linear_logprobs, linear_policy_loss, rows_per_chunk
-from ppomax.kernels.policy_loss import policy_loss
+from ppomax.kernels import linear
+from ppomax.kernels.linear_logprobs import linear_logprobs
 
 NAN = math.nan
 
@@ -66,7 +65,7 @@ def test_logits_of_bf16_inputs_are_not_rounded() -> None:
         assert (a - b).abs().max() < 1e-5
 
 
-def test_gradients_of_bf16_inputs_are_rounded_once() -> None:
+def test_gradients_of_bf16_inputs_are_accurate_to_bf16() -> None:
     hidden, weight, labels = random_case(64, 16, 40)
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     leaves = leaf(hidden), leaf(weight)
@@ -77,7 +76,7 @@ def test_gradients_of_bf16_inputs_are_rounded_once() -> None:
         assert x.grad is not None
         assert twin.grad is not None
         assert x.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(x.grad.double(), twin.grad, rtol=2**-8, atol=1e-5)
+        assert (x.grad.double() - twin.grad).norm() < 6e-3 * twin.grad.norm()
 
 
 def test_chunks_do_not_change_hidden_gradients_beyond_rounding() -> None:
@@ -138,74 +137,26 @@ def test_frozen_input_gets_no_gradient(frozen: int) -> None:
 
 
 def test_default_chunks_fit_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 100 * 7 + 3)
-    assert rows_per_chunk(torch.empty(100, 1)) == 7
-    assert rows_per_chunk(torch.empty(10_000, 1)) == 1
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * 100 * 7 + 3)
+    assert linear.rows_per_chunk(torch.empty(100, 1)) == 7
+    assert linear.rows_per_chunk(torch.empty(10_000, 1)) == 1
 
 
-def test_policy_loss_adds_the_entropy_bonus_of_kept_tokens() -> None:
-    hidden, weight, labels = random_case(6, 4, 9)
-    generator = torch.Generator().manual_seed(2)
-    old, advantages = torch.randn(2, 6, generator=generator, dtype=torch.float64)
-    weights = torch.tensor([0.2, 0.0, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
-    dirty = hidden.clone()
-    dirty[1] = NAN
-    leaves = leaf(dirty), leaf(weight)
-    labels[4] = -1
-    got = linear_policy_loss(*leaves, labels, old - 2, advantages, weights, clip=0.2, dual_clip=3.0, entropy_coef=0.1)
-
-    kept = torch.tensor([0, 2, 3, 5])
-    twins = leaf(hidden), leaf(weight)
-    logprobs, entropy = expected(twins[0][kept], twins[1], labels[kept])
-    plain = policy_loss(logprobs, old[kept] - 2, advantages[kept], weights[kept], clip=0.2, dual_clip=3.0)
-    wanted = plain.loss - 0.1 * (weights[kept] * entropy).sum()
-    torch.testing.assert_close(got.loss, wanted)
-    torch.testing.assert_close(got[1:], plain[1:])
-    for got_grad, wanted_grad in zip(
-        torch.autograd.grad(got.loss, leaves), torch.autograd.grad(wanted, twins), strict=True
+@pytest.mark.parametrize("N", [1, 5])
+def test_compiled_function_has_the_same_values_and_gradients(N: int) -> None:
+    hidden, weight, labels = random_case(N, 6, 19)
+    results = []
+    for function in (
+        linear_logprobs,
+        torch.compile(linear_logprobs, fullgraph=True, backend="aot_eager", dynamic=False),
     ):
-        torch.testing.assert_close(got_grad, wanted_grad)
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 4, None])
-def test_full_kl_equals_torch_distributions(chunk_rows: int | None) -> None:
-    hidden, weight, _ = random_case(9, 5, 40)
-    ref_hidden, ref_weight, _ = random_case(9, 6, 40, seed=1)
-    got = linear_full_kl(hidden, weight, ref_hidden, ref_weight, chunk_rows=chunk_rows)
-    wanted = kl_divergence(Categorical(logits=hidden @ weight.T), Categorical(logits=ref_hidden @ ref_weight.T))
-    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-12)
-
-
-def test_full_kl_of_close_distributions_does_not_cancel_in_fp32() -> None:
-    hidden, weight, _ = random_case(8, 16, 1000)
-    hidden, weight = hidden.float(), weight.float()
-    ref_hidden = hidden + 1e-4 * torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-    got = linear_full_kl(hidden, weight, ref_hidden, weight)
-    wanted = linear_full_kl(hidden.double(), weight.double(), ref_hidden.double(), weight.double())
-    assert (got >= 0).all()
-    torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=0)
-
-
-def test_full_kl_of_a_distribution_with_itself_is_zero() -> None:
-    hidden, weight, _ = random_case(4, 5, 40)
-    assert (linear_full_kl(hidden, weight, hidden, weight) == 0).all()
-
-
-def test_full_kl_does_not_read_masked_rows_or_padding_columns() -> None:
-    hidden, weight, _ = random_case(5, 4, 12)
-    ref_hidden, ref_weight, _ = random_case(5, 4, 12, seed=1)
-    wanted = linear_full_kl(hidden, weight[:10], ref_hidden, ref_weight[:10])
-    mask = torch.tensor([True, False, True, True, False])
-    hidden[1], ref_hidden[4] = NAN, NAN
-    weight[10:], ref_weight[11:] = math.inf, NAN
-    got = linear_full_kl(hidden, weight, ref_hidden, ref_weight, mask, vocab_size=10, chunk_rows=2)
-    torch.testing.assert_close(got[mask], wanted[mask])
-    assert (got[~mask] == 0).all()
+        leaves = leaf(hidden), leaf(weight)
+        outputs = function(*leaves, labels, chunk_rows=2)
+        results.append((*outputs, *torch.autograd.grad(torch.stack(outputs).sum(), leaves)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     hidden, weight, labels = random_case(5, 4, 12)
     with pytest.raises(ValueError, match=r"expected \[N, H\] and \[V/tp, H\]"):
         linear_logprobs(hidden[:, :3], weight, labels)
-    with pytest.raises(ValueError, match="equal rows"):
-        linear_full_kl(hidden, weight, hidden[:4], weight)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.distributions import Categorical
 
+from ppomax.kernels.dispatch import implementation
 from ppomax.kernels.logprobs import token_logprobs
-from ppomax.kernels.logprobs_reference import combine_statistics, shard_statistics
 
 NAN, INF = math.nan, math.inf
 
@@ -194,15 +194,16 @@ def test_strided_logits_are_read_correctly() -> None:
 def test_shards_of_the_vocabulary_fold_to_the_whole(num_shards: int) -> None:
     logits, labels = random_case(6, 24, scale=20.0)
     labels[0], labels[1] = 0, 23
+    compute = implementation("logprobs", logits)
     columns = 24 // num_shards
     shards = torch.stack(
         [
-            shard_statistics(shard, labels, temperature=1.0, first=rank * columns, vocab_size=None)
+            compute.shard_statistics(shard, labels, temperature=0.7, first=rank * columns, num_real=columns)
             for rank, shard in enumerate(logits.split(columns, dim=1))
         ]
     )
-    logprobs, entropy, _, _ = combine_statistics(shards, labels)
-    torch.testing.assert_close((logprobs, entropy), expected(logits, labels))
+    logprobs, entropy, _, _ = compute.combine_statistics(shards, labels, temperature=0.7)
+    torch.testing.assert_close((logprobs, entropy), expected(logits, labels, 0.7))
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,10 +1,11 @@
-"""Vocabulary spread over two gloo processes against the whole vocabulary in one.
+"""Vocabulary spread over two and four gloo processes against the whole vocabulary in one, by both versions. Sampling is in test_sampling_tp.py.
 
-Run as a script (rank, folder) this file is one of the two processes; the fixture starts both once and the tests
-compare what they saved. A script, because pytest's importlib mode gives test modules no name that a spawned process
+Run as a script (rank, folder) this file is one of four processes; the fixture starts them once and the tests compare
+what they saved. A script, because pytest's importlib mode gives test modules no name that a spawned process
 could import.
 """
 
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -17,13 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ppomax.kernels.linear_logprobs import linear_full_kl, linear_logprobs, linear_policy_loss
+from ppomax.kernels.linear_full_kl import linear_full_kl
+from ppomax.kernels.linear_logprobs import linear_logprobs
+from ppomax.kernels.linear_policy_loss import linear_policy_loss
 from ppomax.kernels.logprobs import token_logprobs
-from ppomax.kernels.sampling import sample_with_margins
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.one_version]
 
-NUM_RANKS = 2
+NUM_RANKS = 4
+GROUP_SIZES = (2, 4)
+VERSIONS = ("reference", "triton")
 N, H, V = 9, 6, 24
 VOCAB_SIZE = 21
 CHUNK_ROWS = 4
@@ -39,7 +43,6 @@ def inputs() -> dict[str, Tensor]:
     case["mask"] = case["labels"] >= 0
     for name in ("hidden", "ref_hidden", "logits"):
         case[name][3] = torch.nan
-    case["seen"] = torch.rand(N, VOCAB_SIZE, generator=generator) < 0.3
     return case
 
 
@@ -77,6 +80,22 @@ def results(case: dict[str, Tensor], tp_group: ProcessGroup | None) -> dict[str,
     )
     loss.loss.backward()
     saved["linear_policy_loss"] = tuple(loss)
+    main_grad = torch.zeros_like(weight)
+    part = linear_policy_loss(
+        case["hidden"],
+        weight,
+        labels,
+        case["old_logprobs"],
+        case["advantages"],
+        torch.full((N,), 1 / N),
+        clip=0.2,
+        entropy_coef=0.1,
+        main_grad=main_grad,
+        chunk_rows=CHUNK_ROWS,
+        **common,
+    )
+    saved["linear_policy_loss_in_chunks"] = tuple(part)
+    saved["linear_policy_loss_main_grad"] = main_grad
     saved["linear_policy_loss_hidden_grad"], saved["linear_policy_loss_weight_grad"] = hidden.grad, weight.grad
 
     saved["linear_full_kl"] = linear_full_kl(
@@ -88,18 +107,6 @@ def results(case: dict[str, Tensor], tp_group: ProcessGroup | None) -> dict[str,
         chunk_rows=CHUNK_ROWS,
         **common,
     )
-    rows = case["mask"].nonzero().flatten()
-    saved["sample"] = sample_with_margins(
-        case["logits"][rows][:, shard],
-        temperature=0.8,
-        top_p=0.9,
-        top_k=15,
-        repetition_penalty=1.1,
-        seen=case["seen"][rows],
-        seeds=rows,
-        positions=rows * 3,
-        **common,
-    )
     return saved
 
 
@@ -108,6 +115,7 @@ def detached(x: Any) -> Any:
 
 
 def run_rank(rank: int, folder: Path) -> None:
+    """Saves the results of every version for every size of group that this rank is in."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -116,27 +124,39 @@ def run_rank(rank: int, folder: Path) -> None:
         world_size=NUM_RANKS,
         timeout=timedelta(seconds=60),
     )
-    saved = {name: detached(x) for name, x in results(inputs(), dist.group.WORLD).items()}
+    groups = {size: dist.new_group(list(range(size))) for size in GROUP_SIZES}
+    saved = {}
+    for version in VERSIONS:
+        os.environ["PPOMAX_KERNELS"] = version
+        for size, group in groups.items():
+            if rank < size:
+                saved[version, size] = {name: detached(x) for name, x in results(inputs(), group).items()}
     torch.save(saved, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two processes computed."""
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], Any]]:
+    """What each of the processes computed."""
     folder = tmp_path_factory.mktemp("ranks")
     processes = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(NUM_RANKS)]
     try:
-        assert [process.wait(timeout=90) for process in processes] == [0] * NUM_RANKS
+        assert [process.wait(timeout=120) for process in processes] == [0] * NUM_RANKS
     finally:
         for process in processes:
             process.kill()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(NUM_RANKS)]
 
 
+@pytest.fixture(params=[(version, size) for version in VERSIONS for size in GROUP_SIZES], ids=str)
+def ranks(request: pytest.FixtureRequest, processes: list[dict[tuple[str, int], Any]]) -> list[dict[str, Any]]:
+    """What each rank of one group computed."""
+    return [process[request.param] for process in processes[: request.param[1]]]
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """The same by one process that holds the whole vocabulary."""
+    """The same by one process that holds the whole vocabulary, by the reference."""
     return results(inputs(), None)
 
 
@@ -146,8 +166,8 @@ REPLICATED = [
     "linear_logprobs_hidden_grad",
     "linear_policy_loss",
     "linear_policy_loss_hidden_grad",
+    "linear_policy_loss_in_chunks",
     "linear_full_kl",
-    "sample",
 ]
 
 
@@ -161,16 +181,18 @@ def test_every_rank_has_the_result_of_one_process(
 
 @pytest.mark.parametrize("name", REPLICATED)
 def test_ranks_agree_bit_for_bit(name: str, ranks: list[dict[str, Any]]) -> None:
-    torch.testing.assert_close(ranks[0][name], ranks[1][name], rtol=0, atol=0)
-
-
-def test_draws_do_not_depend_on_the_group_at_all(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
-    torch.testing.assert_close(ranks[0]["sample"], alone["sample"], rtol=0, atol=0)
+    for rank in ranks[1:]:
+        torch.testing.assert_close(rank[name], ranks[0][name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [("token_logprobs_grad", 1), ("linear_logprobs_weight_grad", 0), ("linear_policy_loss_weight_grad", 0)],
+    [
+        ("token_logprobs_grad", 1),
+        ("linear_logprobs_weight_grad", 0),
+        ("linear_policy_loss_weight_grad", 0),
+        ("linear_policy_loss_main_grad", 0),
+    ],
 )
 def test_shards_of_gradients_make_up_the_whole(
     name: str, dim: int, ranks: list[dict[str, Any]], alone: dict[str, Any]

@@ -1,0 +1,73 @@
+"""What the functions that include the vocabulary head share: chunks of rows, their logits, and products of matrices.
+
+Logits are fp32 whatever the dtype of hidden states and weights, and exist for one chunk of rows at a time, in one
+buffer; the gradient of a chunk's logits is written over them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ppomax.kernels.numerics import keep, wide, wide_dtype
+
+CHUNK_BYTES = 2**28
+"""fp32 logits that exist at the same time by default: 256 MiB is 2097 rows of a 32,000-token vocabulary."""
+
+
+def check_head(function: str, hidden: Tensor, weight: Tensor) -> None:
+    """Raises ValueError unless hidden is [N, H] and weight [V/tp, H]."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{function}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [N, H] and [V/tp, H]"
+        )
+
+
+def rows_per_chunk(weight: Tensor) -> int:
+    """Rows whose fp32 logits over the columns of weight [V/tp, H] fit CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+
+
+def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Consecutive slices of at most chunk_rows rows."""
+    for start in range(0, num_rows, chunk_rows):
+        yield slice(start, min(start + chunk_rows, num_rows))
+
+
+def logits_buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
+    """Uninitialised fp32 (or wider) logits of one chunk [min(chunk_rows, N), V/tp]."""
+    rows = min(chunk_rows, hidden.shape[0])
+    return torch.empty(rows, weight.shape[0], dtype=wide_dtype(hidden), device=hidden.device)
+
+
+def operand(x: Tensor) -> Tensor:
+    """x as matrix products read it: as it is on a GPU, whose tensor cores add up in fp32, else in fp32 or wider."""
+    return x if x.is_cuda else wide(x)
+
+
+def kept_rows(hidden: Tensor, labels: Tensor) -> Tensor:
+    """hidden [C, H] with 0 in the rows of labels < 0: NaN there would reach the gradient of the weight."""
+    return keep(hidden, labels[:, None] >= 0)
+
+
+def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of logits [C, V] as a tensor [C, V] of a dtype of the same size or half of it, row on row."""
+    return logits if logits.dtype == dtype else logits.view(dtype)[:, : logits.shape[1]]
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out = a @ b, added up in fp32 or wider and rounded once to out's dtype."""
+    if a.dtype == b.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if out.is_cuda and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(wide(a) @ wide(b))
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a @ b, added up in fp32 or wider."""
+    if a.dtype == b.dtype == out.dtype:
+        return out.addmm_(a, b)
+    if out.is_cuda and a.dtype == b.dtype:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return out.add_(wide(a) @ wide(b))
