@@ -15,10 +15,10 @@ from ppomax.kernels import logprobs_reference
 from ppomax.kernels.numerics import wide_dtype
 from ppomax.kernels.numerics_triton import accumulation_type
 
-LANES = 2048
-"""Columns of a tile of the forward pass: 8 warps of 8 neighbouring columns a thread, 16 bytes of bf16."""
+LANE_BYTES = 4096
+"""Bytes of logits that lie side by side in a tile of the forward pass: 16 for each thread of 8 warps."""
 ROWS = 4
-"""Such columns side by side in a tile."""
+"""Such pieces in a tile."""
 GRADIENT_BLOCK = 4096
 """Columns that a program of the backward pass holds at a time."""
 COMBINE_BLOCK = 256
@@ -232,7 +232,7 @@ def shard_statistics(logits: Tensor, labels: Tensor, *, temperature: float, firs
     N, num_columns = logits.shape
     statistics = torch.empty(4, N, dtype=wide_dtype(logits), device=logits.device)
     if N > 0:
-        C = min(LANES, triton.next_power_of_2(num_columns))
+        C = min(LANE_BYTES // logits.element_size(), triton.next_power_of_2(num_columns))
         R = min(ROWS, triton.next_power_of_2(triton.cdiv(num_columns, C)))
         _statistics_kernel[(N,)](
             logits,
@@ -247,7 +247,7 @@ def shard_statistics(logits: Tensor, labels: Tensor, *, temperature: float, firs
             R=R,
             C=C,
             ACC=accumulation_type(logits),
-            num_warps=max(1, min(8, C // 256)),
+            num_warps=max(1, C * logits.element_size() // 512),
         )
     return statistics
 

@@ -1,6 +1,7 @@
 """Log-probability and entropy from logits, against torch.distributions in fp64 and autograd."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +226,80 @@ def test_adding_a_constant_to_a_row_changes_nothing(shift: float, seed: int) -> 
     torch.testing.assert_close(
         token_logprobs(logits + shift, labels), token_logprobs(logits, labels), rtol=0, atol=1e-11
     )
+
+
+@pytest.mark.parametrize(("V", "padded"), [(32000, 32000), (32002, 32128), (128256, 128256), (151936, 152064)])
+def test_vocabularies_of_real_models(V: int, padded: int) -> None:
+    logits, labels = random_case(3, padded)
+    labels %= V
+    labels[1] = V - 1
+    logits = logits.bfloat16()
+    logits[:, V:] = NAN
+    x = logits.clone().requires_grad_()
+    y = logits[:, :V].double().requires_grad_()
+    got, wanted = token_logprobs(x, labels, vocab_size=V), expected(y, labels)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=4e-6)
+    (grad,) = torch.autograd.grad((got[0] + 0.5 * got[1]).sum(), x)
+    (wanted_grad,) = torch.autograd.grad((wanted[0] + 0.5 * wanted[1]).sum(), y)
+    assert (grad[:, :V].double() - wanted_grad).norm() < 4e-3 * wanted_grad.norm()
+    assert (grad[:, V:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", [-1e4, -500.0, 88.0, 1e4])
+def test_rows_far_from_zero_are_as_exact_as_rows_near_it(level: float, dtype: torch.dtype) -> None:
+    logits, labels = random_case(4, 300)
+    logits = (logits + level).to(dtype)  # what this rounds is rounded on both sides
+    for got, wanted in zip(token_logprobs(logits, labels), expected(logits, labels), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=2e-6)
+
+
+def test_gradient_may_be_written_over_the_logits() -> None:
+    for result_dtype in (torch.float32, torch.bfloat16):
+        logits, labels = random_case(5, 9000)
+        logits, labels[2] = logits.float(), -1
+        compute = implementation("logprobs", logits)
+        shard: dict[str, Any] = {"temperature": 1.0, "first": 0, "num_real": 8990}
+        statistics = compute.shard_statistics(logits, labels, **shard)
+        _, entropy, row_max, log_sum = compute.combine_statistics(statistics[None], labels, temperature=1.0)
+        grads = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+        constants = (labels, row_max, log_sum, entropy, grads[0], grads[1])
+        wanted = compute.logits_gradient(logits, *constants, **shard, out=torch.empty_like(logits, dtype=result_dtype))
+        buffer = logits.clone()
+        out = buffer.view(result_dtype)[:, :9000]
+        compute.logits_gradient(buffer, *constants, **shard, out=out)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+
+
+def test_every_entry_of_the_results_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = random_case(6, 100)
+    labels[1] = -1
+    x = logits.float().requires_grad_()
+    wanted = token_logprobs(x, labels, vocab_size=90)
+    (wanted_grad,) = torch.autograd.grad(sum(y.sum() for y in wanted), x)
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _original=original, **k: _original(*a, **k).fill_(NAN))
+    got = token_logprobs(x, labels, vocab_size=90)
+    (grad,) = torch.autograd.grad(sum(y.sum() for y in got), x)
+    torch.testing.assert_close((*got, grad), (*wanted, wanted_grad), rtol=0, atol=0)
+
+
+def test_compiled_function_has_the_same_values_and_gradients() -> None:
+    logits, labels = random_case(5, 40)
+    labels[1] = -1
+    results = []
+    for function in (token_logprobs, torch.compile(token_logprobs, fullgraph=True, backend="aot_eager")):
+        x = logits.clone().requires_grad_()
+        outputs = function(x, labels, temperature=0.7)
+        results.append((*outputs, *torch.autograd.grad(torch.stack(outputs).sum(), x)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_operator_is_declared_correctly() -> None:
+    logits, labels = random_case(3, 10)
+    torch.library.opcheck(torch.ops.ppomax.token_logprobs, (logits.requires_grad_(), labels, 1.0, None, None))
 
 
 @pytest.mark.parametrize(
