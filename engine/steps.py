@@ -13,10 +13,10 @@ from ppomax.engine.config import OptimConfig
 from ppomax.engine.data.batches import Pack, Rows
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.errors import DivergedError
+from ppomax.engine.models.heads import head_cross_entropy
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.optim import clip_and_step, learning_rate_factor, set_learning_rate
 from ppomax.engine.parallel.pipeline import run_forward_backward
-from ppomax.engine.ppo.scoring import head_logprobs
 
 
 @dataclass
@@ -82,7 +82,7 @@ def language_model_gradients(role: Role, dialogues: Sequence[DialogueRow], token
     zero_gradients(role)
 
     def loss(hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-        value = -head_logprobs(role, hidden, pack.labels)[0].sum() / max(1, count)
+        value = head_cross_entropy(role, hidden, pack.labels, 1 / max(1, count))
         return value, value.new_zeros(0)
 
     return float(run_forward_backward(role.module, role.groups, packs, loss, 0)[0])

@@ -14,11 +14,11 @@ from ppomax.engine.config import RewardConfig, RunConfig
 from ppomax.engine.data.batches import Pack, Rows
 from ppomax.engine.data.datasets import Dataset, PairRow, load_pairs
 from ppomax.engine.data.order import Order
+from ppomax.engine.models.heads import head_cross_entropy
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.roles import Role, as_scalar, grouped_packs, load_policy, load_role
 from ppomax.engine.parallel.pipeline import run_forward_backward
 from ppomax.engine.ppo.evaluation import PairAccuracy, pair_accuracy, pair_sequences
-from ppomax.engine.ppo.scoring import head_logprobs
 from ppomax.engine.session import Session, export, is_due, open_session, save_if_due
 from ppomax.engine.steps import StepCounter, apply_gradients, zero_gradients
 
@@ -111,11 +111,11 @@ def reward_gradients(model: Role, pairs: Sequence[PairRow], config: RunConfig) -
         members = torch.tensor(pack.sequences, dtype=torch.int64).view(-1, 2).to(hidden.device, non_blocking=True)
         margins = scores[members[:, 0]] - scores[members[:, 1]]
         ranking = -logsigmoid(margins).sum() / len(pairs)
-        lm = hidden.new_zeros((), dtype=torch.float32)
-        if lm_coef > 0:
-            lm = -head_logprobs(model, hidden, pack.labels)[0].sum() / max(1, num_lm_tokens)
         accuracy = (margins > 0).float().sum() / len(pairs)
-        return ranking + lm_coef * lm, torch.stack([ranking, lm, accuracy])
+        if lm_coef == 0:
+            return ranking, torch.stack([ranking, torch.zeros_like(ranking), accuracy])
+        lm = head_cross_entropy(model, hidden, pack.labels, lm_coef / max(1, num_lm_tokens))
+        return ranking + lm, torch.stack([ranking, lm / lm_coef, accuracy])
 
     sums = run_forward_backward(model.module, model.groups, packs, loss, 3).tolist()
     return dict(zip(("loss", "ranking_loss", "lm_loss", "accuracy"), sums, strict=True))

@@ -9,9 +9,9 @@ from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.batches import Pack
 from ppomax.engine.data.datasets import DialogueRow, load_dialogues
+from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, load_policy, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
-from ppomax.engine.ppo.scoring import head_logprobs
 from ppomax.engine.session import export, is_due, open_session, save_if_due
 from ppomax.engine.steps import StepCounter, apply_gradients, dialogue_rows, language_model_gradients
 

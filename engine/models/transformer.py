@@ -82,6 +82,9 @@ class PackedModel(GPTModel):
         _mark_tensor_parallel(self)
         self.shape = shape
         self.has_scalar_head = shape.scalar or extra_scalar_head  # of the whole model, whatever this stage holds
+        # Whether `forward` sums the gradients of its result over tp, by a reduce-scatter. Scalar heads give every rank
+        # the whole gradient.
+        self.sums_hidden_grad = config.sequence_parallel and not self.has_scalar_head
         self.backend = choose_backend(attention, config.params_dtype)
         if shape.scalar and groups.is_last_stage:
             # Frees the vocabulary head that GPTModel made.
@@ -119,9 +122,9 @@ class PackedModel(GPTModel):
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
-            # The heads give every tp rank the whole gradient, so each takes its part of it back.
+            # Back comes every tp rank's part of the gradient, to be summed and split, or the whole one, to be split.
             hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+                hidden, tensor_parallel_output_grad=self.sums_hidden_grad, group=self.pg_collection.tp
             )
         return hidden[:, 0].index_select(0, pack.rows)
 

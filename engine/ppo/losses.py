@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ppomax.engine.config import PpoConfig
 from ppomax.engine.data.batches import Pack
+from ppomax.engine.models.heads import head_policy_loss
 from ppomax.engine.models.roles import Role
-from ppomax.engine.ppo.scoring import head_logprobs
 from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder, total
-from ppomax.kernels.policy_loss import policy_loss
 from ppomax.kernels.value_head_loss import value_head_loss
+from ppomax.kernels.whiten import Moments
 
 POLICY_METRICS = (
     "policy_loss",
@@ -34,6 +34,7 @@ class PolicyTargets:
     """Flattened per-token inputs of the policy's loss, [K] float32 for K = B * T plus the positions of ptx tokens.
 
     rollout_logprobs: of the policy that sampled; old_logprobs: the ratio's denominator, the same or the reference's.
+    moments: by which the advantages are whitened, or None. advantages and moments are of the global minibatch.
     weights: 1 / kept response tokens of the global minibatch, or 0. ptx_weights: 1 / ptx tokens of the step, or 0.
     entropy_sign: -1 for a bonus on entropy, +1 for a penalty (the thresholded bonus above its target).
     """
@@ -41,6 +42,7 @@ class PolicyTargets:
     old_logprobs: Tensor
     rollout_logprobs: Tensor
     advantages: Tensor
+    moments: Moments | None
     weights: Tensor
     ptx_weights: Tensor
     entropy_sign: float
@@ -54,31 +56,37 @@ class PolicyObjective:
 
     def __call__(self, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
         targets, config = self.targets, self.config
-        logprobs, entropy = head_logprobs(self.policy, hidden, pack.labels)
         weights = targets.weights[pack.index]
-        surrogate = policy_loss(
-            logprobs,
+        result = head_policy_loss(
+            self.policy,
+            hidden,
+            pack.labels,
             targets.old_logprobs[pack.index],
             targets.advantages[pack.index],
             weights,
             clip=config.policy_clip,
             dual_clip=config.dual_clip,
+            entropy_coef=-targets.entropy_sign * config.entropy_coef,
+            moments=targets.moments,
+            advantage_clip=config.advantage_clip,
             objective=config.objective,
             penalty_beta=config.penalty_beta,
+            lm_weights=config.ptx_coef * targets.ptx_weights[pack.index] if config.ptx_coef > 0 else None,
         )
         if config.importance_sampling:
             # The kernel's estimate is of the KL from the reference; ppo.target_kl is about the policy that sampled.
-            log_ratio = clamped_log_ratio(logprobs.detach(), targets.rollout_logprobs[pack.index])
-            surrogate = surrogate._replace(approx_kl=total(weights * exp_remainder(log_ratio)))
-        mean_entropy = (entropy * weights).sum()
-        ptx_loss = -(logprobs * targets.ptx_weights[pack.index]).sum()
-        loss = surrogate.loss
-        if config.entropy_coef > 0:
-            loss = loss + targets.entropy_sign * config.entropy_coef * mean_entropy
-        if config.ptx_coef > 0:
-            loss = loss + config.ptx_coef * ptx_loss
-        metrics = [*surrogate, mean_entropy, ptx_loss]
-        return loss, torch.stack([metric.detach().float() for metric in metrics])
+            log_ratio = clamped_log_ratio(result.logprobs, targets.rollout_logprobs[pack.index])
+            result = result._replace(approx_kl=total(weights * exp_remainder(log_ratio)))
+        metrics = [
+            result.surrogate,
+            result.clip_fraction,
+            result.approx_kl,
+            result.mean_ratio,
+            result.dual_clip_fraction,
+            result.entropy,
+            result.lm_loss / config.ptx_coef if config.ptx_coef > 0 else result.lm_loss,
+        ]
+        return result.loss, torch.stack(metrics)
 
 
 class ValueObjective:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ppomax.engine.data.batches import Pack, Rows, last_token_rows, response_rows, unpad
+from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
 from ppomax.engine.ppo.types import Rollout
 from ppomax.kernels.linear_full_kl import linear_full_kl
-from ppomax.kernels.linear_logprobs import linear_logprobs
 
 
 def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) -> tuple[Tensor, Tensor]:
@@ -27,17 +27,6 @@ def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) 
     logprobs, entropy = outputs.unbind(-1)
     shape = rollout.response_mask.shape
     return logprobs.reshape(shape), entropy.reshape(shape)
-
-
-def head_logprobs(role: Role, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Last stage: hidden [M, H], labels [M] -> log-probs and entropies [M] float32 (0 where the label is negative)."""
-    return linear_logprobs(
-        hidden,
-        role.stage.vocabulary_weight(),
-        labels,
-        tp_group=role.groups.megatron.tp,
-        vocab_size=role.shape.vocab_size,
-    )
 
 
 def token_values(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) -> Tensor:

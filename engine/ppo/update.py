@@ -20,7 +20,7 @@ from ppomax.engine.ppo.losses import POLICY_METRICS, VALUE_METRICS, PolicyObject
 from ppomax.engine.ppo.scoring import token_logprobs
 from ppomax.engine.ppo.types import Experience, Rollout
 from ppomax.engine.steps import StepCounter, apply_gradients, dialogue_rows, zero_gradients
-from ppomax.kernels.whiten import whiten
+from ppomax.kernels.whiten import masked_moments
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ def _policy_gradients(
     settings: UpdateSettings,
 ) -> dict[str, float]:
     config = settings.ppo
-    advantages = prepare_advantages(batch.advantages, mask, config)
     sequences, rows = _minibatch_rows(batch.rollout, mask)
     num_columns, device = mask.numel(), mask.device
     ptx_sequences, ptx_rows, num_ptx = dialogue_rows(dialogues, first_index=num_columns)
@@ -109,7 +108,9 @@ def _policy_gradients(
     targets = PolicyTargets(
         old_logprobs=torch.cat([batch.old_logprobs.flatten(), padding]),
         rollout_logprobs=torch.cat([batch.logprobs.flatten(), padding]),
-        advantages=torch.cat([advantages.flatten(), padding]),
+        advantages=torch.cat([batch.advantages.flatten(), padding]),
+        # Norm, then clip (P p.14), both where the loss reads an advantage.
+        moments=masked_moments(batch.advantages, mask) if config.advantage_norm else None,
         weights=torch.cat([weights.flatten(), padding]),
         ptx_weights=torch.cat([torch.zeros(num_columns, device=device), padding + 1 / max(1, num_ptx)]),
         entropy_sign=_entropy_sign(policy, batch, weights, settings),
@@ -128,15 +129,6 @@ def _critic_gradients(critic: Role, batch: Experience, weights: Tensor, settings
     zero_gradients(critic)
     sums = run_forward_backward(critic.module, critic.groups, packs, objective, len(VALUE_METRICS)).tolist()
     return dict(zip(VALUE_METRICS, sums[1:], strict=True)) | {"value_objective": sums[0]}
-
-
-def prepare_advantages(advantages: Tensor, mask: Tensor, config: PpoConfig) -> Tensor:
-    """[B, T] advantages of one minibatch after ppo.advantage_norm and ppo.advantage_clip (P p.14: norm, then clip)."""
-    if config.advantage_norm:
-        advantages = whiten(advantages, mask)
-    if config.advantage_clip is not None:
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-    return advantages
 
 
 def _entropy_sign(policy: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> float:

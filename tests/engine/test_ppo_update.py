@@ -16,7 +16,7 @@ from ppomax.engine.ppo import update as ppo_update
 from ppomax.engine.ppo.experience import Models, kept_tokens, make_experience, summary
 from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.scoring import token_logprobs, token_values
-from ppomax.engine.ppo.update import UpdateSettings, prepare_advantages, take, update
+from ppomax.engine.ppo.update import UpdateSettings, take, update
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.steps import StepCounter, language_model_gradients
 
@@ -204,13 +204,16 @@ def test_entropy_bonus_raises_entropy_and_its_target_turns_the_sign(models, roll
 
 def test_advantages_are_whitened_per_minibatch_then_clipped(models, rollout):
     experience = take(experience_of(rollout, models), torch.tensor([0, 2, 5]))
-    mask = experience.rollout.response_mask
+    kept = experience.advantages[experience.rollout.response_mask]
+    whitened = (experience.advantages - kept.mean()) / kept.std(correction=0)
+    assert (whitened[experience.rollout.response_mask].abs() > 0.5).any()
+    by_hand = replace(experience, advantages=whitened.clamp(-0.5, 0.5))
+    plain = BASE.model_copy(update={"advantage_norm": False, "advantage_clip": None})
+    expected, expected_gradient = policy_gradient(models, by_hand, plain)
     config = BASE.model_copy(update={"advantage_norm": True, "advantage_clip": 0.5})
-    kept = prepare_advantages(experience.advantages, mask, config.model_copy(update={"advantage_clip": None}))[mask]
-    assert kept.mean().item() == pytest.approx(0, abs=1e-6)
-    assert kept.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    clipped = prepare_advantages(experience.advantages, mask, config)
-    assert clipped.abs().max() <= 0.5
+    stats, found = policy_gradient(models, experience, config)
+    assert stats == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert torch.allclose(found, expected_gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [16, 40, 4096])
