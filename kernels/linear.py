@@ -4,15 +4,19 @@ Logits are fp32 whatever the dtype of hidden states and weights, and exist for o
 buffer; the gradient of a chunk's logits is written over them.
 """
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ppomax.kernels.numerics import keep, wide, wide_dtype
 
-CHUNK_BYTES = 2**28
-"""fp32 logits that exist at the same time by default: 256 MiB is 2097 rows of a 32,000-token vocabulary."""
+CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}
+"""Bytes of fp32 logits that exist at the same time by default, by type of device.
+
+2 GiB is 4185 rows of a 128,256-token vocabulary: every chunk adds to the whole gradient of the weight once, which 4096
+rows of products outweigh. A CPU works from its caches: 256 MiB is 2097 rows of a 32,000-token vocabulary.
+"""
 
 
 def check_head(function: str, hidden: Tensor, weight: Tensor) -> None:
@@ -25,18 +29,19 @@ def check_head(function: str, hidden: Tensor, weight: Tensor) -> None:
 
 def rows_per_chunk(weight: Tensor) -> int:
     """Rows whose fp32 logits over the columns of weight [V/tp, H] fit CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    return max(1, CHUNK_BYTES["cuda" if weight.is_cuda else "cpu"] // (4 * weight.shape[0]))
 
 
-def row_chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    """Consecutive slices of at most chunk_rows rows."""
-    for start in range(0, num_rows, chunk_rows):
-        yield slice(start, min(start + chunk_rows, num_rows))
+def row_chunks(num_rows: int, chunk_rows: int) -> list[slice]:
+    """Consecutive slices of nearly equal length, at most chunk_rows, the longest first."""
+    num_chunks = -(-num_rows // chunk_rows)
+    bounds = [num_rows - i * num_rows // num_chunks for i in range(num_chunks, -1, -1)] if num_chunks > 0 else []
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
-def logits_buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
-    """Uninitialised fp32 (or wider) logits of one chunk [min(chunk_rows, N), V/tp]."""
-    rows = min(chunk_rows, hidden.shape[0])
+def logits_buffer(hidden: Tensor, weight: Tensor, chunks: list[slice]) -> Tensor:
+    """Uninitialised fp32 (or wider) logits of the longest chunk [C, V/tp]."""
+    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     return torch.empty(rows, weight.shape[0], dtype=wide_dtype(hidden), device=hidden.device)
 
 

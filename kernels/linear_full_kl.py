@@ -73,9 +73,10 @@ def _full_kl(
     rows_of_logits, compute = implementation("logprobs", *inputs), implementation("linear_full_kl", *inputs)
     labels = torch.where(rows_mask, 0, -1)
     heads = operand(weight).T, operand(ref_weight).T
-    buffers = [logits_buffer(x, weight, chunk_rows) for x in (hidden, ref_hidden)]
+    chunks = row_chunks(hidden.shape[0], chunk_rows)
+    buffers = [logits_buffer(x, weight, chunks) for x in (hidden, ref_hidden)]
     kl = torch.empty(labels.shape, dtype=buffers[0].dtype, device=hidden.device)
-    for rows in row_chunks(hidden.shape[0], chunk_rows):
+    for rows in chunks:
         states = operand(hidden[rows]), operand(ref_hidden[rows])
         logits = [product_into(b[: len(x)], x, head) for b, x, head in zip(buffers, states, heads, strict=True)]
         statistics = [

@@ -81,9 +81,10 @@ def _forward(
     compute, group = implementation("logprobs", hidden, weight, labels), group_of(tp_group)
     first = first_column(weight.shape[0], group)
     num_real = num_real_columns(weight.shape[0], first, vocab_size)
-    buffer, columns = logits_buffer(hidden, weight, chunk_rows), operand(weight).T
+    chunks = row_chunks(hidden.shape[0], chunk_rows)
+    buffer, columns = logits_buffer(hidden, weight, chunks), operand(weight).T
     parts = [torch.empty(4, 0, dtype=buffer.dtype, device=buffer.device)]
-    for rows in row_chunks(hidden.shape[0], chunk_rows):
+    for rows in chunks:
         logits = product_into(buffer[: rows.stop - rows.start], operand(hidden[rows]), columns)
         parts.append(
             compute.shard_statistics(logits, labels[rows], temperature=temperature, first=first, num_real=num_real)
@@ -119,11 +120,12 @@ def _backward(
     compute, group = implementation("logprobs", hidden, weight, labels), group_of(tp_group)
     first = first_column(weight.shape[0], group)
     num_real = num_real_columns(weight.shape[0], first, vocab_size)
-    buffer, head = logits_buffer(hidden, weight, chunk_rows), operand(weight)
+    chunks = row_chunks(hidden.shape[0], chunk_rows)
+    buffer, head = logits_buffer(hidden, weight, chunks), operand(weight)
     grad_hidden = torch.empty_like(hidden, dtype=hidden.dtype if group_size(group) == 1 else buffer.dtype)
     grad_weight = torch.zeros(weight.shape if weight_needed else 0, dtype=buffer.dtype, device=weight.device)
     sums = []
-    for rows in row_chunks(hidden.shape[0], chunk_rows):
+    for rows in chunks:
         inputs = kept_rows(hidden[rows], labels[rows])
         logits = product_into(buffer[: rows.stop - rows.start], operand(inputs), head.T)
         grad_logits = compute.logits_gradient(

@@ -27,7 +27,7 @@ from ppomax.kernels.linear import (
 )
 from ppomax.kernels.logprobs import check_rows
 from ppomax.kernels.numerics import contiguous, keep, total, wide, wide_dtype
-from ppomax.kernels.policy_loss import Clip, PolicySettings, policy_settings
+from ppomax.kernels.policy_loss import Clip, policy_settings
 from ppomax.kernels.shards import (
     finish_sums,
     first_column,
@@ -119,7 +119,10 @@ def linear_policy_loss(
         *constants,
         list(moments or ()),
         entropy_coef,
-        list(settings[:4]),
+        settings.ratio_min,
+        settings.ratio_max,
+        settings.dual_clip,
+        settings.advantage_clip,
         settings.penalty_beta,
         main_grad,
         sum_hidden_grad,
@@ -131,7 +134,10 @@ def linear_policy_loss(
         loss = with_gradients(scalars[0], [hidden, weight], [grad_hidden, grad_weight])
     else:
         loss = with_gradients(scalars[0], [hidden], [grad_hidden], upstream_is_one=True)
-    return LinearLoss(loss, *scalars[1:].unbind(), logprobs)
+    _, clip_fraction, approx_kl, mean_ratio, dual_clip_fraction, surrogate, entropy, lm_loss = scalars.unbind()
+    return LinearLoss(
+        loss, clip_fraction, approx_kl, mean_ratio, dual_clip_fraction, surrogate, entropy, lm_loss, logprobs
+    )
 
 
 def linear_cross_entropy(
@@ -190,7 +196,10 @@ def _loss_and_gradients(
     importance_weights: Tensor | None,
     moments: list[Tensor],
     entropy_coef: float,
-    bounds: list[float],
+    ratio_min: float,
+    ratio_max: float,
+    dual_clip: float,
+    advantage_clip: float,
     penalty_beta: float | None,
     main_grad: Tensor | None,
     sum_hidden_grad: bool,
@@ -198,19 +207,26 @@ def _loss_and_gradients(
     vocab_size: int | None,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(the scalars of LinearLoss, logprobs [N], d loss / d hidden, d loss / d weight or nothing if added to main_grad).
-
-    bounds: the first four fields of PolicySettings.
-    """
+    """(scalars of LinearLoss, logprobs [N], d loss / d hidden, d loss / d weight unless it is added to main_grad)."""
     group = group_of(tp_group)
     first = first_column(weight.shape[0], group)
     num_real = num_real_columns(weight.shape[0], first, vocab_size)
     shard: dict[str, Any] = {"temperature": 1.0, "first": first, "num_real": num_real}
     rows_of_logits = implementation("logprobs", hidden, weight, labels)
     policy = implementation("policy_loss", hidden, old_logprobs, advantages, weights)
-    settings = PolicySettings(*bounds, penalty_beta, shift_mean=True, unbiased=False, whiten_eps=1e-6)._asdict()
+    settings = {
+        "ratio_min": ratio_min,
+        "ratio_max": ratio_max,
+        "dual_clip": dual_clip,
+        "advantage_clip": advantage_clip,
+        "penalty_beta": penalty_beta,
+        "shift_mean": True,
+        "unbiased": False,
+        "whiten_eps": 1e-6,
+    }
 
-    buffer, head = logits_buffer(hidden, weight, chunk_rows), operand(weight)
+    chunks = row_chunks(hidden.shape[0], chunk_rows)
+    buffer, head = logits_buffer(hidden, weight, chunks), operand(weight)
     learned = weights != 0 if lm_weights is None else (weights != 0) | (lm_weights != 0)
     labels = torch.where(learned, labels, -1)
     weights = keep(wide(weights), labels >= 0)
@@ -219,7 +235,7 @@ def _loss_and_gradients(
     grad_hidden = torch.empty_like(hidden, dtype=hidden.dtype if group_size(group) == 1 else buffer.dtype)
     grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if main_grad is None else main_grad
     sums = []
-    for rows in row_chunks(hidden.shape[0], chunk_rows):
+    for rows in chunks:
         inputs = kept_rows(hidden[rows], labels[rows])
         logits = product_into(buffer[: rows.stop - rows.start], operand(inputs), head.T)
         statistics = gather_shards(rows_of_logits.shard_statistics(logits, labels[rows], **shard), group)
@@ -269,7 +285,10 @@ def _(
     importance_weights: Tensor | None,
     moments: list[Tensor],
     entropy_coef: float,
-    bounds: list[float],
+    ratio_min: float,
+    ratio_max: float,
+    dual_clip: float,
+    advantage_clip: float,
     penalty_beta: float | None,
     main_grad: Tensor | None,
     *_: Any,

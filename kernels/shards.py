@@ -19,7 +19,7 @@ def group_name(tp_group: ProcessGroup | None) -> str | None:
 
 def group_of(name: str | None) -> ProcessGroup | None:
     """The group of this process that has this name."""
-    return None if name is None else _resolve_process_group(name)
+    return None if name is None else _resolve_process_group(name)  # type: ignore[arg-type]  # a str of its own type
 
 
 def group_size(tp_group: ProcessGroup | None) -> int:

@@ -54,7 +54,7 @@ def _split(role: Role) -> dict[str, Any]:
 
 def _training(role: Role) -> dict[str, Any]:
     return {
-        "main_grad": role.stage.vocabulary_weight().main_grad,
+        "main_grad": role.stage.vocabulary_weight().main_grad,  # type: ignore[attr-defined]  # Megatron's buffer
         "sum_hidden_grad": not role.stage.sums_hidden_grad,
         **_split(role),
     }

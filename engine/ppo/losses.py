@@ -94,7 +94,7 @@ class ValueObjective:
 
     def __init__(self, critic: Role, old_values: Tensor, returns: Tensor, weights: Tensor, config: PpoConfig) -> None:
         self.critic, self.config = critic, config
-        self.old_values, self.returns, self.weights = old_values, returns, weights
+        self.old_values, self.returns, self.weights = old_values, returns, config.value_coef * weights
 
     def __call__(self, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
         loss, clip_fraction, _ = value_head_loss(
@@ -104,5 +104,7 @@ class ValueObjective:
             self.returns[pack.index],
             self.weights[pack.index],
             clip=self.config.value_clip,
+            upstream_is_one=True,
         )
-        return self.config.value_coef * loss, torch.stack([loss.detach(), clip_fraction])
+        # The coefficient is in the weights, but not in the metrics. With 0, of an untrained critic, they are 0.
+        return loss, torch.stack([loss.detach(), clip_fraction]) / (self.config.value_coef or 1.0)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.distributions import Categorical
@@ -136,10 +138,20 @@ def test_frozen_input_gets_no_gradient(frozen: int) -> None:
     torch.testing.assert_close(leaves[1 - frozen].grad, twins[1 - frozen].grad)
 
 
+@pytest.mark.one_version
 def test_default_chunks_fit_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * 100 * 7 + 3)
+    monkeypatch.setitem(linear.CHUNK_BYTES, "cpu", 4 * 100 * 7 + 3)
     assert linear.rows_per_chunk(torch.empty(100, 1)) == 7
     assert linear.rows_per_chunk(torch.empty(10_000, 1)) == 1
+
+
+@pytest.mark.one_version
+@given(num_rows=st.integers(0, 500), chunk_rows=st.integers(1, 200))
+def test_chunks_cover_the_rows_evenly(num_rows: int, chunk_rows: int) -> None:
+    chunks = linear.row_chunks(num_rows, chunk_rows)
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert not sizes or (min(sizes) > 0 and max(sizes) <= min(chunk_rows, min(sizes) + 1))
 
 
 @pytest.mark.parametrize("N", [1, 5])
