@@ -27,7 +27,14 @@ class ValueHeadLoss(NamedTuple):
 
 
 def value_head_loss(
-    hidden: Tensor, weight: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, *, clip: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    weights: Tensor,
+    *,
+    clip: float | None,
+    upstream_is_one: bool = False,
 ) -> ValueHeadLoss:
     """value_loss(hidden @ weight, old_values, returns, weights), which reads hidden once and writes its gradient once.
 
@@ -36,6 +43,8 @@ def value_head_loss(
     Values, loss and the gradient of weight are accumulated in float32 (float64 where one of the inputs has it);
     gradients are rounded once to the dtypes of hidden and weight. Under tensor parallelism every rank holds the whole
     weight and the same hidden states: no collective.
+    upstream_is_one: backward starts from loss or from sums with it, not from multiples (put factors into weights); then
+    the gradients are handed on as they are, where a product would read and write that of hidden once more.
     Returns ValueHeadLoss, differentiable in hidden and weight.
     Raises ValueError on shapes that do not fit and on a clip that is not positive.
     Source: paper Eq. 16, as value_loss.
@@ -53,7 +62,8 @@ def value_head_loss(
     scalars, values, grad_hidden, grad_weight = _value_head_loss(rows_of(hidden.detach()), head, *constants, clip)
     loss, clip_fraction = scalars.unbind()
     gradients = [grad_hidden, grad_weight.view(weight.shape)]
-    return ValueHeadLoss(with_gradients(loss, [hidden, weight], gradients), clip_fraction, values)
+    loss = with_gradients(loss, [hidden, weight], gradients, upstream_is_one=upstream_is_one)
+    return ValueHeadLoss(loss, clip_fraction, values)
 
 
 @custom_op("ppomax::value_head_loss", mutates_args=())

@@ -153,6 +153,15 @@ def test_tiny_and_huge_values_keep_their_precision(scale: float) -> None:
         assert (mine.double() - other).norm() <= 2e-6 * other.norm()
 
 
+def test_gradients_can_be_handed_on_unscaled() -> None:
+    hidden, weight, *others = random_case(7, 12)
+    unscaled = with_gradients_of(value_head_loss, hidden, weight, *others, clip=0.2, upstream_is_one=True)
+    torch.testing.assert_close(unscaled, with_gradients_of(expected, hidden, weight, *others, clip=0.2))
+    loss = value_head_loss(hidden.requires_grad_(), weight, *others, clip=0.2, upstream_is_one=True).loss
+    with pytest.raises(RuntimeError, match="scaled"):
+        (2 * loss).backward()
+
+
 def test_inputs_may_have_gaps_in_memory() -> None:
     hidden, weight, old, returns, weights = random_case(11, 6)
     wanted = with_gradients_of(expected, hidden, weight, old, returns, weights, clip=0.2)
