@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ppomax.kernels.numerics import wide
+
 
 def with_gradients(
     value: Tensor, inputs: list[Tensor], gradients: list[Tensor], *, upstream_is_one: bool = False
@@ -38,7 +40,7 @@ def _propagate(ctx: Any, upstream: Tensor) -> tuple[None, list[Tensor], list[Non
     if ctx.upstream_is_one:
         torch._assert_async(upstream == 1, "a loss whose gradients were formed in its forward pass was scaled after it")
     else:
-        gradients = [gradient * upstream.to(gradient.dtype) for gradient in gradients]
+        gradients = [(wide(gradient) * upstream).to(gradient.dtype) for gradient in gradients]
     return None, gradients, [None] * len(gradients), None
 
 

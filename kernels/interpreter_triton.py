@@ -4,8 +4,9 @@ What it changes, of triton 3.6 and 3.7:
  1. float32 -> bfloat16 truncates; the hardware rounds to nearest even.
  2. `tl.dot` of bfloat16 multiplies the bit patterns: operands are widened to float32 first, which is exact.
  3. Other bfloat16 arithmetic works on bit patterns too: it raises, so that a missing `.to(tl.float32)` is an error.
- 4. Loops with run-time bounds fail with triton 3.6 and numpy >= 2.4.
- 5. `tl.associative_scan` and `tl.reduce` with a function of one's own take 0.2-0.5 ms an element: log2(n) steps over
+ 4. `tl.minimum`, `tl.maximum` and `tl.clamp` keep NaN; on a GPU the other number wins unless `propagate_nan` is set.
+ 5. Loops with run-time bounds fail with triton 3.6 and numpy >= 2.4.
+ 6. `tl.associative_scan` and `tl.reduce` with a function of one's own take 0.2-0.5 ms an element: log2(n) steps over
     whole blocks instead, which also associate as a GPU does, not from left to right.
 Nothing here runs in a process that compiles kernels.
 """
@@ -40,6 +41,7 @@ def make_interpreter_exact() -> None:
     _fix_loop_bounds()
     _fix_casts(builder)
     _fix_dot(builder)
+    _fix_extrema(builder)
     for name in BFLOAT16_ARITHMETIC:
         setattr(builder, name, _refusing_bfloat16(name, getattr(builder, name)))
     interpreter.ScanOps.generic_scan = _scan
@@ -88,6 +90,17 @@ def _fix_dot(builder: Any) -> None:
         return original(self, widened(a), widened(b), *rest)
 
     builder.create_dot = create_dot
+
+
+def _fix_extrema(builder: Any) -> None:
+    def create_clampf(self: Any, x: Any, low: Any, high: Any, propagate_nans: Any) -> Any:
+        if propagate_nans == interpreter._ir.PROPAGATE_NAN.ALL:
+            return self.ternary_op(x, low, high, np.clip)
+        return self.ternary_op(x, low, high, lambda a, b, c: np.fmin(np.fmax(a, b), c))
+
+    builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    builder.create_clampf = create_clampf
 
 
 def _refusing_bfloat16(name: str, original: Callable) -> Callable:

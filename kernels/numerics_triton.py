@@ -39,8 +39,8 @@ def warps_for(block: int) -> int:
 
 @triton.jit
 def clamped(d):
-    """d clamped to +- LOG_RATIO_LIMIT."""
-    return tl.minimum(tl.maximum(d, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT)
+    """d clamped to +- LOG_RATIO_LIMIT; NaN stays NaN, which a GPU's minimum and maximum would turn into a bound."""
+    return tl.where(d < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, tl.where(d > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, d))
 
 
 @triton.jit
