@@ -8,12 +8,14 @@ grids beyond the limits; exceptions stand below, each with its reason. Exit code
 """
 
 import argparse
+import itertools
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from ppomax.kernels import dispatch
@@ -29,14 +31,25 @@ from ppomax.tools.compile_triton import (
     name_of,
     recorded,
 )
-from ppomax.tools.kernel_shapes import PRODUCTION, Case, Maker, run
+from ppomax.tools.kernel_cases import Case, Maker, run
+from ppomax.tools.kernel_shapes import PRODUCTION
 
 GRID_LIMIT = 65535
 """Of axes 1 and 2."""
 
 SPILLS_ALLOWED: dict[str, str] = {}
-FLOAT64_ALLOWED: dict[str, str] = {}
+MOMENTS = "moments over a batch are merged in float64: one number a row, not a token"
+FLOAT64_ALLOWED: dict[str, str] = {
+    "experience._experience_kernel": MOMENTS,
+    "whiten._moments_kernel": MOMENTS,
+    "whiten._merge_parts_kernel": MOMENTS,
+    "whiten._whiten_kernel": "reads the moments, once per program",
+    "policy_loss._policy_loss_kernel": "reads the moments that advantages are whitened by, once per program",
+}
 NARROW_ALLOWED: dict[str, str] = {
+    "whiten._merge_parts_kernel": "reads three numbers a row of the batch",
+    "logprobs._combine_kernel": "folds 16 bytes a row and shard, next to rows of 64 KB and more",
+    "sampling._fold_kernel": "folds a few records per request",
     "partial_sums._sum_partials_kernel": "adds a few hundred numbers in one program",
 }
 NO_TENSOR_CORE_ALLOWED: dict[str, str] = {}
@@ -65,41 +78,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(arguments.only or ()) - set(ops):
         sys.exit(f"aot_kernels: no operation {', '.join(sorted(unknown))}; there are {', '.join(ops)}")
     chosen = arguments.only or ops
-    present = [op for op in chosen if find_spec(f"ppomax.kernels.{op}_triton")]
-    missing = [op for op in chosen if op not in present]
-    launches, faults = record(case for case in PRODUCTION if case.op in present)
-    faults += uncovered(launches, present if arguments.only else triton_files())
+    launches, missing, faults = record(case for case in PRODUCTION if case.op in chosen)
+    faults += uncovered(launches, [name for name in triton_files() if name in chosen or not arguments.only])
     binaries = []
-    for launch in launches:
-        for arch in arguments.arch:
-            try:
-                facts = facts_of(compile_for(launch, arch), arch)
-            except Exception as error:  # whatever a compiler raises is a fault of the kernel
-                faults.append(f"{launch.name} {arch} ({launch.call}): {type(error).__name__}: {str(error)[:500]}")
-                continue
-            binaries.append(Binary(launch, arch, facts, judge(launch, facts, arch)))
-            print(line_of(binaries[-1]), flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in pool.map(compiled, *zip(*itertools.product(launches, arguments.arch), strict=True)):
+            if isinstance(result, str):
+                faults.append(result)
+            else:
+                binaries.append(result)
+                print(line_of(result), flush=True)
     faults += [f"{b.launch.name} {b.arch} ({b.launch.call}): {fault}" for b in binaries for fault in b.faults]
     if arguments.output is not None:
         write(arguments.output, binaries)
     if missing:
-        print(f"not there yet: {', '.join(f'kernels/{op}_triton.py' for op in missing)}")
+        print(f"not there yet: {', '.join(missing)}")
     print(f"{len(binaries)} binaries, {len(faults)} faults")
     if faults:
         sys.exit("\n".join(faults))
 
 
-def record(cases: Iterable[Case]) -> tuple[list[Launch], list[str]]:
-    """(launches, one of each binary; calls that failed, with the reason)."""
+def compiled(launch: Launch, arch: str) -> Binary | str:
+    """The binary of a launch, or why there is none."""
+    try:
+        facts = facts_of(compile_for(launch, arch), arch)
+    except Exception as error:  # whatever a compiler raises is a fault of the kernel
+        return f"{launch.name} {arch} ({launch.call}): {type(error).__name__}: {str(error)[:500]}"
+    return Binary(launch, arch, facts, judge(launch, facts, arch))
+
+
+def record(cases: Iterable[Case]) -> tuple[list[Launch], list[str], list[str]]:
+    """(launches, one of each binary; modules that do not exist; calls that failed, with the reason)."""
     launches: list[Launch] = []
-    faults = []
+    missing, faults = [], []
     for case in cases:
         try:
             with recorded(launches, case.name):
                 run(case, case.inputs(Maker("meta")))
+        except ModuleNotFoundError as error:
+            missing.append(str(error.name))
         except Exception as error:  # of the launcher under test
             faults.append(f"{case.op} ({case.name}) on meta tensors: {type(error).__name__}: {error}")
-    return list({launch.key: launch for launch in reversed(launches)}.values())[::-1], faults
+    return list({launch.key: launch for launch in reversed(launches)}.values())[::-1], sorted(set(missing)), faults
 
 
 def triton_files() -> list[str]:

@@ -1,0 +1,317 @@
+"""Calls of kernels/ with inputs to match, of any size: what the compile gate, the benchmark and GPU tests are made of.
+
+A `Case` is one call of a public function; a `Maker` fills its inputs: random numbers on a device, or nothing at all on
+"meta", where only shapes and types exist.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppomax.kernels.adamw import adamw_step, squared_norm
+from ppomax.kernels.experience import experience
+from ppomax.kernels.gae import gae
+from ppomax.kernels.linear_full_kl import linear_full_kl
+from ppomax.kernels.linear_logprobs import linear_logprobs
+from ppomax.kernels.linear_policy_loss import linear_cross_entropy, linear_policy_loss
+from ppomax.kernels.logprobs import token_logprobs
+from ppomax.kernels.policy_loss import policy_loss
+from ppomax.kernels.rms_norm import rms_norm
+from ppomax.kernels.rope import rope
+from ppomax.kernels.sampling import sample
+from ppomax.kernels.swiglu import swiglu
+from ppomax.kernels.token_rewards import token_rewards
+from ppomax.kernels.value_head_loss import value_head_loss
+from ppomax.kernels.value_loss import value_loss
+from ppomax.kernels.whiten import Moments, masked_moments, whiten
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Maker:
+    """Draws inputs on a device; those of "meta" have no entries. dense: masks keep everything."""
+
+    def __init__(self, device: torch.device | str, seed: int = 0, *, dense: bool = False) -> None:
+        self.device = torch.device(device)
+        self.dense = dense
+        self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
+
+    def normal(self, *size: int, dtype: torch.dtype = FP32, std: float = 1.0) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self.device).normal_(0.0, std, generator=self._generator)
+
+    def uniform(self, *size: int) -> Tensor:
+        return torch.empty(size, device=self.device).uniform_(generator=self._generator)
+
+    def zeros(self, *size: int) -> Tensor:
+        return torch.zeros(size, device=self.device)
+
+    def integers(self, *size: int, high: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int64, device=self.device).random_(0, high, generator=self._generator)
+
+    def labels(self, num_rows: int, vocab_size: int) -> Tensor:
+        """One label in eight masks its row."""
+        return torch.where(self._seven_of_eight(num_rows), self.integers(num_rows, high=vocab_size), -1)
+
+    def mask(self, B: int, T: int, *, with_gaps: bool = False) -> Tensor:
+        """Responses that begin within the first quarter of their row and end within the last."""
+        start, end = self.integers(B, 1, high=T // 4 + 1), T - self.integers(B, 1, high=T // 4 + 1)
+        position = torch.arange(T, device=self.device)[None]
+        inside = ((position >= start) & (position < end)) | self.dense
+        return inside & (self.uniform(B, T) < 0.8) if with_gaps else inside
+
+    def token_weights(self, num_tokens: int) -> Tensor:
+        """One over the number of kept tokens; one token in eight has none."""
+        kept = self._seven_of_eight(num_tokens)
+        return kept / kept.sum()
+
+    def _seven_of_eight(self, num: int) -> Tensor:
+        return (torch.arange(num, device=self.device) % 8 != 7) | self.dense
+
+
+@dataclass(frozen=True)
+class Case:
+    """function(*inputs(maker), **settings), of whose inputs the first `num_gradients` get a gradient."""
+
+    op: str
+    name: str
+    function: Callable[..., Any]
+    inputs: Callable[[Maker], Sequence[Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    num_gradients: int = 0
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a result: one, or those of nested tuples, lists and the values of dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for item in value for x in tensors_in(item)] if isinstance(value, tuple | list) else []
+
+
+def run(case: Case, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, gradients): the gradients of a fixed weighted sum of the outputs that have one."""
+    given = [x.detach().requires_grad_() if i < case.num_gradients else x for i, x in enumerate(inputs)]
+    outputs = tensors_in(case.function(*given, **case.settings))
+    differentiable = [x for x in outputs if x.requires_grad]
+    if not case.num_gradients:
+        return outputs, []
+    upstream = [torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype) for x in differentiable]
+    gradients = torch.autograd.grad(differentiable, given[: case.num_gradients], upstream)
+    return [x.detach() for x in outputs], list(gradients)
+
+
+def rms_norm_case(N: int, H: int, dtype: torch.dtype = BF16) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return make.normal(N, H, dtype=dtype), 1 + make.normal(H, dtype=dtype, std=0.1)
+
+    return Case("rms_norm", f"{N} x {H} {name_of(dtype)}", rms_norm, inputs, {"eps": 1e-6}, 2)
+
+
+def swiglu_case(N: int, F: int, dtype: torch.dtype = BF16) -> Case:
+    return Case(
+        "swiglu", f"{N} x {F} {name_of(dtype)}", swiglu, lambda make: (make.normal(N, 2 * F, dtype=dtype),), {}, 1
+    )
+
+
+def rope_case(N: int, heads: int, D: int = 128, dtype: torch.dtype = BF16) -> Case:
+    """Queries and keys together would be 32 + 8 heads in a 7B model with grouped keys."""
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        position = torch.arange(N, device=make.device)[:, None] % 2048
+        angle = position * 10000.0 ** (-torch.arange(D // 2, device=make.device)[None] / (D // 2))
+        return make.normal(N, heads, D, dtype=dtype), angle.cos(), angle.sin()
+
+    return Case("rope", f"{N} x {heads} x {D} {name_of(dtype)}", rope, inputs, {}, 1)
+
+
+def logprobs_case(N: int, V: int, dtype: torch.dtype = BF16, temperature: float = 1.0) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return make.normal(N, V, dtype=dtype, std=2.0), make.labels(N, V)
+
+    name = f"{N} x {V} {name_of(dtype)}"
+    return Case("logprobs", name, token_logprobs, inputs, {"temperature": temperature}, 1)
+
+
+def linear_logprobs_case(N: int, H: int, V: int, dtype: torch.dtype = BF16) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return *head_of(make, N, H, V, dtype), make.labels(N, V)
+
+    return Case("linear_logprobs", f"{N} x {H} x {V} {name_of(dtype)}", linear_logprobs, inputs, {}, 2)
+
+
+def linear_full_kl_case(N: int, H: int, V: int, dtype: torch.dtype = BF16) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return *head_of(make, N, H, V, dtype), *head_of(make, N, H, V, dtype)
+
+    return Case("linear_full_kl", f"{N} x {H} x {V} {name_of(dtype)}", linear_full_kl, inputs)
+
+
+def linear_policy_loss_case(N: int, H: int, V: int, dtype: torch.dtype = BF16) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        head, labels = head_of(make, N, H, V, dtype), make.labels(N, V)
+        return *head, labels, make.normal(N, std=0.3) - 10, make.normal(N), make.token_weights(N)
+
+    settings = {"clip": 0.2, "dual_clip": 3.0, "entropy_coef": 0.01}
+    name = f"{N} x {H} x {V} {name_of(dtype)}"
+    return Case("linear_policy_loss", name, linear_policy_loss, inputs, settings, 2)
+
+
+def linear_cross_entropy_case(N: int, H: int, V: int, dtype: torch.dtype = BF16) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return *head_of(make, N, H, V, dtype), make.labels(N, V), make.token_weights(N)
+
+    name = f"cross-entropy {N} x {H} x {V} {name_of(dtype)}"
+    return Case("linear_policy_loss", name, linear_cross_entropy, inputs, {}, 2)
+
+
+def head_of(make: Maker, N: int, H: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Hidden states and a head whose logits have standard deviation 2."""
+    return make.normal(N, H, dtype=dtype), make.normal(V, H, dtype=dtype, std=2 * H**-0.5)
+
+
+def token_rewards_case(B: int, T: int, kl_estimator: str = "k1", **optional: bool) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return make.normal(B), make.normal(B, T, std=0.3), make.normal(B, T, std=0.3), make.mask(B, T)
+
+    name = f"{B} x {T} {kl_estimator}" + "".join(f" {key}" for key in optional)
+    settings = {"kl_coef": 0.1, "kl_estimator": kl_estimator}
+    return Case("token_rewards", name, *_with_optional(token_rewards, inputs, B, T, optional), settings)
+
+
+def gae_case(B: int, T: int, **optional: bool) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return make.normal(B, T), make.normal(B, T), make.mask(B, T)
+
+    name = f"{B} x {T}" + "".join(f" {key}" for key in optional)
+    return Case("gae", name, *_with_optional(gae, inputs, B, T, optional), {"gamma": 1.0, "lam": 0.95})
+
+
+def experience_case(B: int, T: int, kl_estimator: str = "k1", *, with_gaps: bool = False, **optional: bool) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        logprobs = [make.normal(B, T, std=0.3) for _ in range(2)]
+        return make.normal(B), *logprobs, make.normal(B, T), make.mask(B, T, with_gaps=with_gaps)
+
+    name = f"{B} x {T} {kl_estimator}" + "".join(f" {key}" for key in optional)
+    settings = {"kl_coef": 0.1, "kl_estimator": kl_estimator, "gamma": 1.0, "lam": 0.95}
+    return Case("experience", name, *_with_optional(experience, inputs, B, T, optional), settings)
+
+
+def _with_optional(
+    function: Callable[..., Any], inputs: Callable[[Maker], Sequence[Any]], B: int, T: int, optional: dict[str, bool]
+) -> tuple[Callable[..., Any], Callable[[Maker], Sequence[Any]]]:
+    """The function and its inputs, with optional tensors behind them: bootstrap [B], or step_rewards and kl [B, T]."""
+    names = [name for name, is_given in optional.items() if is_given]
+
+    def with_optional(make: Maker) -> Sequence[Any]:
+        return *inputs(make), *(make.normal(B) if name == "bootstrap" else make.normal(B, T) for name in names)
+
+    def called(*given: Tensor, **settings: Any) -> Any:
+        num_required = len(given) - len(names)
+        extra = dict(zip(names, given[num_required:], strict=True))
+        return function(*given[:num_required], **extra, **settings)
+
+    return called, with_optional
+
+
+def whiten_case(B: int, T: int, dtype: torch.dtype = FP32) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return make.normal(B, T, dtype=dtype), make.mask(B, T)
+
+    return Case("whiten", f"{B} x {T} {name_of(dtype)}", whiten, inputs)
+
+
+def moments_case(B: int, T: int, dtype: torch.dtype = FP32) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        return make.normal(B, T, dtype=dtype), make.mask(B, T)
+
+    return Case("whiten", f"moments {B} x {T} {name_of(dtype)}", masked_moments, inputs)
+
+
+def policy_loss_case(
+    N: int, name: str = "", *, whitened: bool = False, weighted: bool = False, **settings: Any
+) -> Case:
+    """whitened: advantages by given moments. weighted: with importance weights."""
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        old = make.normal(N) - 3
+        extra = [make.uniform(N)] if weighted else []
+        extra += [make.zeros(1)[0].double() + x for x in (N, 0.1, 2.0 * N)] if whitened else []
+        return old + make.normal(N, std=0.1), old, make.normal(N), make.token_weights(N), *extra
+
+    def called(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, *extra: Tensor, **given: Any) -> Any:
+        given |= {"importance_weights": extra[0]} if weighted else {}
+        given |= {"moments": Moments(*extra[-3:])} if whitened else {}
+        return policy_loss(logprobs, old, advantages, weights, **given)
+
+    label = f"{N} {name}".rstrip()
+    return Case("policy_loss", label, called, inputs, {"clip": 0.2, "dual_clip": 3.0, **settings}, 1)
+
+
+def value_loss_case(N: int, clip: float | None = 0.2, dtype: torch.dtype = FP32) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        old = make.normal(N)
+        values = (old + make.normal(N, std=0.2)).to(dtype)
+        return values, old, old + make.normal(N), make.token_weights(N)
+
+    name = f"{N} {name_of(dtype)}" + ("" if clip else " unclipped")
+    return Case("value_loss", name, value_loss, inputs, {"clip": clip}, 1)
+
+
+def value_head_loss_case(N: int, H: int, dtype: torch.dtype = BF16) -> Case:
+    def inputs(make: Maker) -> Sequence[Any]:
+        head = make.normal(N, H, dtype=dtype), make.normal(H, dtype=dtype, std=H**-0.5)
+        return *head, make.normal(N), make.normal(N), make.token_weights(N)
+
+    name = f"{N} x {H} {name_of(dtype)}"
+    return Case("value_head_loss", name, value_head_loss, inputs, {"clip": 0.2}, 2)
+
+
+def sampling_case(R: int, V: int, name: str = "plain", **settings: Any) -> Case:
+    """R requests; a fiftieth of the vocabulary was seen where there is a repetition penalty."""
+    chosen = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, **settings}
+    penalised = chosen["repetition_penalty"] != 1.0
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        seen = make.uniform(R, V) < 0.02 if penalised else None
+        return make.normal(R, V, std=2.0), seen, make.integers(R, high=2**62), make.integers(R, high=2048)
+
+    def called(logits: Tensor, seen: Tensor | None, seeds: Tensor, positions: Tensor, **settings: Any) -> Any:
+        return sample(logits, seen=seen, seeds=seeds, positions=positions, **settings)
+
+    return Case("sampling", f"{R} x {V} {name}", called, inputs, chosen)
+
+
+def adamw_case(num_params: int, dtype: torch.dtype = FP32, *, with_all: bool = False) -> Case:
+    """Updates its inputs in place, and so gives nothing back. with_all: scaled, zeroed gradients, a copy, a flag."""
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        state = [make.zeros(num_params)], [make.zeros(num_params)]
+        required = [make.normal(num_params)], [make.normal(num_params, dtype=dtype)], *state
+        if not with_all:
+            return required
+        return *required, make.uniform(1)[0], make.uniform(1)[0] >= 0, [make.zeros(num_params).to(BF16)]
+
+    def called(params: Any, grads: Any, exp_avg: Any, exp_avg_sq: Any, *rest: Any, **given: Any) -> None:
+        if rest:
+            given |= {"grad_scale": rest[0], "is_finite": rest[1], "copies": rest[2], "zero_grads": True}
+        adamw_step(params, grads, exp_avg, exp_avg_sq, **given)
+
+    settings = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    name = f"{num_params} parameters, {name_of(dtype)} gradient" + (", all options" if with_all else "")
+    return Case("adamw", name, called, inputs, settings)
+
+
+def squared_norm_case(num_entries: int, dtype: torch.dtype = FP32) -> Case:
+    def called(x: Tensor) -> Tensor:
+        return squared_norm([x], device=x.device)
+
+    name = f"squared norm of {num_entries} {name_of(dtype)}"
+    return Case("adamw", name, called, lambda make: [make.normal(num_entries, dtype=dtype)])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]
