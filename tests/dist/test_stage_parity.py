@@ -153,8 +153,20 @@ def traced_run(stage: str, config: dict[str, Any], mutation: str) -> dict[str, A
         if mutation:
             for module in (import_module("ppomax.engine.steps"), modules["train_reward"], modules["ppo.update"]):
                 wrap(module, "run_forward_backward", lambda original: mean_of_means(original, mutation))
+            # The losses form their gradients before the fault, and would refuse to be scaled.
+            wrap(import_module("ppomax.engine.models.heads"), "_training", without("main_grad"))
+            for name in ("linear_policy_loss", "value_head_loss"):
+                wrap(import_module(f"ppomax.kernels.{name}"), "with_gradients", ignoring("upstream_is_one"))
         import_module(f"ppomax.engine.train_{stage}").run(RunConfig.model_validate(config))
     return trace
+
+
+def without(key: str) -> Callable:
+    return lambda original: lambda *args: {**original(*args), key: None}
+
+
+def ignoring(option: str) -> Callable:
+    return lambda original: lambda *args, **options: original(*args, **{**options, option: False})
 
 
 def full_name(thing: Any) -> str:
