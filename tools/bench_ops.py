@@ -212,7 +212,7 @@ def copied(value: Any, dtype: torch.dtype | None = None) -> Any:
 
 def _sampling_error(case: Case, contender: Contender, inputs: Sequence[Any]) -> float:
     """Of the log-probabilities of whatever tokens were drawn."""
-    tokens, logprobs = contender.function(*inputs, **case.settings)
+    tokens, logprobs = contender.function(*inputs, **case.settings)[:2]
     return relative_error(logprobs, inputs[0].double().log_softmax(-1).gather(1, tokens[:, None])[:, 0])
 
 

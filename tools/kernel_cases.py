@@ -182,11 +182,11 @@ def token_rewards_case(B: int, T: int, kl_estimator: str = "k1", **optional: boo
     return Case("token_rewards", name, *_with_optional(token_rewards, inputs, B, T, optional), settings)
 
 
-def gae_case(B: int, T: int, **optional: bool) -> Case:
+def gae_case(B: int, T: int, *, with_gaps: bool = False, **optional: bool) -> Case:
     def inputs(make: Maker) -> Sequence[Any]:
-        return make.normal(B, T), make.normal(B, T), make.mask(B, T)
+        return make.normal(B, T), make.normal(B, T), make.mask(B, T, with_gaps=with_gaps)
 
-    name = f"{B} x {T}" + "".join(f" {key}" for key in optional)
+    name = f"{B} x {T}{' with gaps' if with_gaps else ''}" + "".join(f" {key}" for key in optional)
     return Case("gae", name, *_with_optional(gae, inputs, B, T, optional), {"gamma": 1.0, "lam": 0.95})
 
 
@@ -195,7 +195,8 @@ def experience_case(B: int, T: int, kl_estimator: str = "k1", *, with_gaps: bool
         logprobs = [make.normal(B, T, std=0.3) for _ in range(2)]
         return make.normal(B), *logprobs, make.normal(B, T), make.mask(B, T, with_gaps=with_gaps)
 
-    name = f"{B} x {T} {kl_estimator}" + "".join(f" {key}" for key in optional)
+    gaps = " with gaps" if with_gaps else ""
+    name = f"{B} x {T} {kl_estimator}{gaps}" + "".join(f" {key}" for key in optional)
     settings = {"kl_coef": 0.1, "kl_estimator": kl_estimator, "gamma": 1.0, "lam": 0.95}
     return Case("experience", name, *_with_optional(experience, inputs, B, T, optional), settings)
 
