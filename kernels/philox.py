@@ -2,7 +2,7 @@
 
 A draw is a function of (seed, position, token id) alone, so it does not depend on how requests are batched or the
 vocabulary is spread. Words of 32 bits live in int64; torch's >> copies the sign bit, so every shift is followed by a
-mask.
+mask. philox_triton.py gives the same words.
 """
 
 import torch
@@ -32,19 +32,25 @@ def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
-def token_uniforms(seeds: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
-    """A uniform number for every request and token id, in fp64 and never 0 or 1.
+def token_words(seeds: Tensor, positions: Tensor, num_tokens: int, *, first_id: int = 0) -> Tensor:
+    """A random word of 32 bits for every request and each of the token ids from first_id on.
 
     seeds, positions [R] int64: any values; a pair must not be used twice for draws that should be independent.
-    Returns [R, num_tokens] float64. The counter is (id // 4, position, 0), the key the seed, and id % 4 picks the word:
+    Returns [R, num_tokens] int64. The counter is (id // 4, position, 0), the key the seed, and id % 4 picks the word:
     one block serves four neighbouring ids.
     """
-    num_blocks = -(-num_tokens // WORDS_PER_BLOCK)
-    block = torch.arange(num_blocks, device=seeds.device)[None]
+    skipped = first_id % WORDS_PER_BLOCK
+    num_blocks = -(-(skipped + num_tokens) // WORDS_PER_BLOCK)
+    block = torch.arange(num_blocks, device=seeds.device)[None] + first_id // WORDS_PER_BLOCK
     seeds, positions = seeds[:, None], positions[:, None]
     counter = (block, positions & WORD, (positions >> 32) & WORD, torch.zeros_like(positions))
     words = torch.stack(philox_4x32_10(counter, (seeds & WORD, (seeds >> 32) & WORD)), dim=-1)
-    return unit_interval(words.flatten(1)[:, :num_tokens])
+    return words.flatten(1)[:, skipped : skipped + num_tokens]
+
+
+def token_uniforms(seeds: Tensor, positions: Tensor, num_tokens: int, *, first_id: int = 0) -> Tensor:
+    """`token_words` as uniform numbers [R, num_tokens] float64, never 0 or 1."""
+    return unit_interval(token_words(seeds, positions, num_tokens, first_id=first_id))
 
 
 def unit_interval(words: Tensor) -> Tensor:

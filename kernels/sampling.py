@@ -1,21 +1,28 @@
-"""Draws the next token of every request; seed and position fix the draw, whatever the batch and group size."""
+"""Draws the next token of every request; seed and position fix the draw, whatever the batch and group size.
+
+Logits are never gathered: every rank works on its own block of the vocabulary, and what crosses the group is one record
+per request and chunk of it, with top-k or top-p also the bins of the search for the last kept token.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.library import custom_op
 
 from ppomax.kernels.dispatch import implementation
-from ppomax.kernels.shards import gather_shards
+from ppomax.kernels.numerics import rows_of
+from ppomax.kernels.shards import group_name, group_of, group_size
 
 
 class Draw(NamedTuple):
-    """tokens [R] int64; logprobs [R] float32, nats; margins [R] float32 (see `sample_with_margins`)."""
+    """What was drawn for R requests; see `sample_with_margins`."""
 
     tokens: Tensor
     logprobs: Tensor
     margins: Tensor
+    sampling_logprobs: Tensor
 
 
 def sample(
@@ -62,7 +69,8 @@ def sample_with_margins(
 ) -> Draw:
     """One token per request: repetition penalty, temperature, top-k, top-p, then a draw by the Gumbel-max rule.
 
-    logits [R, V/tp] float: this rank's contiguous block of the vocabulary, in rank order of tp_group.
+    logits [R, V/tp] float: this rank's contiguous block of the vocabulary, in rank order of tp_group; what follows is
+    computed in float32 whatever their type.
     temperature: logits are divided by it; 0 takes the largest (after the penalty; the lowest id among equals).
     top_p in (0, 1]: keep the tokens for which the likelier ones have less than this probability together; 1 keeps all.
     top_k: keep the k likeliest tokens, lower ids first among equals; 0 keeps all.
@@ -72,7 +80,11 @@ def sample_with_margins(
     vocab_size: ids >= vocab_size are padding and never drawn. Unset: there are none.
     Returns tokens [R] int64; logprobs [R] float32, nats, of the unmodified T = 1 distribution; margins [R] float32, by
     how much the winning score beats the next (infinite if there is none): a draw with a small margin may come out
-    differently from logits computed in another order.
+    differently from logits computed in another order, or on another device (below 1e-5); sampling_logprobs [R]
+    float32, nats, of the distribution that was drawn from, filtered and renormalised: 0 at temperature 0.
+    Logits of -inf or NaN are never drawn unless a row has no others, which gives its lowest id. A row with a NaN or
+    +inf, or with nothing but -inf, has NaN for both logprobs; its margin means nothing.
+    The filters resolve scores to 1.5e-8, probabilities to 2^-42 of the largest and top_p to 2^-31.
     Every rank of tp_group must call it and gets the same result.
     Raises ValueError on settings out of range and shapes that do not fit.
     Source: the order of the steps and the penalty are the released code's.
@@ -87,21 +99,69 @@ def sample_with_margins(
             f"sample: logits {tuple(logits.shape)}, seeds {tuple(seeds.shape)}, positions {tuple(positions.shape)}; "
             "expected [R, V/tp], [R], [R]"
         )
-    compute = implementation("sampling", logits, seeds, positions, seen)
-    whole = gather_shards(logits, tp_group).transpose(0, 1).flatten(1)[:, :vocab_size]  # [R, vocab]
-    if seen is not None and (seen.shape[0] != whole.shape[0] or seen.shape[1] < whole.shape[1]):
+    columns = logits.shape[1] * group_size(tp_group)
+    num_tokens = columns if vocab_size is None else min(vocab_size, columns)
+    if num_tokens < 1:
+        raise ValueError(f"sample: {num_tokens} tokens to draw from; the vocabulary needs at least one")
+    if seen is not None and (seen.shape[0] != logits.shape[0] or seen.shape[1] < num_tokens):
         raise ValueError(
-            f"sample: seen {tuple(seen.shape)} must cover {tuple(whole.shape)}, all requests and token ids"
+            f"sample: seen {tuple(seen.shape)} must cover {(logits.shape[0], num_tokens)}, all requests and token ids"
         )
     return Draw(
-        *compute.sample(
-            whole,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            repetition_penalty=repetition_penalty,
-            seen=seen,
-            seeds=seeds,
-            positions=positions,
+        *_sample(
+            rows_of(logits.detach()),
+            None if seen is None or repetition_penalty == 1 else rows_of(seen),
+            seeds.contiguous(),
+            positions.contiguous(),
+            temperature,
+            top_p,
+            top_k,
+            repetition_penalty,
+            num_tokens,
+            group_name(tp_group),
         )
     )
+
+
+@custom_op("ppomax::sample", mutates_args=())
+def _sample(
+    logits: Tensor,
+    seen: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    repetition_penalty: float,
+    vocab_size: int,
+    tp_group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return implementation("sampling", logits, seeds, positions, seen).sample(
+        logits,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seen=seen,
+        seeds=seeds,
+        positions=positions,
+        vocab_size=vocab_size,
+        tp_group=group_of(tp_group),
+    )
+
+
+@_sample.register_fake
+def _(
+    logits: Tensor,
+    seen: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    repetition_penalty: float,
+    vocab_size: int,
+    tp_group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs, margins, sampling_logprobs = (seeds.new_empty(seeds.shape, dtype=torch.float32) for _ in range(3))
+    return torch.empty_like(seeds), logprobs, margins, sampling_logprobs

@@ -223,7 +223,7 @@ def _draw(
     # Token ids, too, are exact in float64: one broadcast carries all three.
     drawn = torch.zeros(3, requests.numel(), dtype=torch.float64, device=role.device)
     if hidden is not None:
-        results = sample_with_margins(
+        draw = sample_with_margins(
             _logits(hidden, role.stage.vocabulary_weight()),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -235,7 +235,7 @@ def _draw(
             tp_group=role.groups.megatron.tp,
             vocab_size=role.shape.vocab_size,
         )
-        drawn = torch.stack([result.double() for result in results])
+        drawn = torch.stack([draw.tokens.double(), draw.logprobs.double(), draw.margins.double()])
     broadcast_from_last_stage(drawn, role.groups)
     return drawn[0].long(), drawn[1].float(), drawn[2].float()
 

@@ -103,7 +103,7 @@ def respond_without_cache(
         seen = torch.zeros(len(prompts), SHAPE.vocab_size, dtype=torch.bool)
         for row, new in zip(seen, generated, strict=True):
             row[new] = True
-        tokens, _, _ = sample_with_margins(
+        tokens = sample_with_margins(
             role.stage(pack) @ role.stage.vocabulary_weight().T,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -112,7 +112,7 @@ def respond_without_cache(
             seen=seen,
             seeds=seeds,
             positions=torch.tensor(lengths),
-        )
+        ).tokens
         for new, token in zip(generated, tokens.tolist(), strict=True):
             new.append(token)
     return generated
