@@ -1,12 +1,15 @@
 """The experience of PPO as its three equations in a row."""
 
+import torch
 from torch import Tensor
 
-from ppomax.kernels.gae_reference import gae
+from ppomax.kernels.gae_reference import gae_of_rows
+from ppomax.kernels.packed_rows import padded, padded_or_none, positions, unpadded
 from ppomax.kernels.token_rewards_reference import token_rewards
 from ppomax.kernels.whiten_reference import masked_moments
 
 
+@torch.no_grad()
 def experience(
     scores: Tensor,
     logprobs: Tensor,
@@ -21,8 +24,27 @@ def experience(
     step_rewards: Tensor | None,
     bootstrap: Tensor | None,
     kl: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """(rewards, kl, advantages, returns, moments of the advantages); see ppomax.kernels.experience."""
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(rewards, kl, advantages, returns, moments [3] of the advantages); see ppomax.kernels.experience."""
+    if cu_seqlens is not None and max_seqlen is not None:
+        index = positions(cu_seqlens, max_seqlen, len(response_mask))
+        *of_tokens, moments = experience(
+            scores,
+            *(padded(x, index) for x in (logprobs, ref_logprobs, values, response_mask)),
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            gamma=gamma,
+            lam=lam,
+            step_rewards=padded_or_none(step_rewards, index),
+            bootstrap=bootstrap,
+            kl=padded_or_none(kl, index),
+            cu_seqlens=None,
+            max_seqlen=None,
+        )
+        rewards, kl, advantages, returns = (unpadded(x, index, len(response_mask)) for x in of_tokens)
+        return rewards, kl, advantages, returns, moments
     rewards, kl = token_rewards(
         scores,
         logprobs,
@@ -32,6 +54,8 @@ def experience(
         kl_estimator=kl_estimator,
         step_rewards=step_rewards,
         kl=kl,
+        cu_seqlens=None,
+        max_seqlen=None,
     )
-    advantages, returns = gae(rewards, values, response_mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    advantages, returns = gae_of_rows(rewards, values, response_mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
     return rewards, kl, advantages, returns, masked_moments(advantages, response_mask)

@@ -1,63 +1,85 @@
 """GAE in torch without a loop over time.
 
-Kept tokens are first moved together, which makes masked ones transparent and "the next kept value" the next column.
-What remains is the recursion A_j = delta_j + c A_{j+1} with one constant c = gamma lam, that is A = delta times a
-triangular matrix of powers of c. It is applied to blocks of BLOCK columns, and once more to the blocks' first
-entries to carry them to the left.
+With the lambda-return G_t = (1 - lam) V_t + lam R_t of a kept token, the returns are R_t = r_t + gamma G_next and
+G_t = (1 - lam) V_t + lam r_t + gamma lam G_next: one affine recursion, which masked tokens hand on unchanged. So
+G_next is simply G of the next column, wherever the next kept token is; beyond the row it is the bootstrap value.
+Rows are turned around, so that the recursion runs forward, x_t = slope_t x_{t-1} + offset_t, and is solved in blocks:
+x_t = scale_t (x_before + sum over s <= t of offset_s / scale_s), where scale is the running product of the slopes.
 The work is done in fp64: the tensors are small, and sums over thousands of tokens stay exact to fp32 rounding.
 """
 
 import torch
 from torch import Tensor
 
-from ppomax.kernels.numerics import keep, wide
+from ppomax.kernels.masking import bits_of, masked
+from ppomax.kernels.numerics import wide
+from ppomax.kernels.packed_rows import padded, positions, unpadded
 
-BLOCK = 64
-"""Columns per block: for rows of 4096 tokens the two triangular matrices are of equal size."""
+STEEP = 1e-4
+BLOCK, BLOCK_WHEN_STEEP = 64, 16
+"""Columns of a block, and for slopes below STEEP: slope^columns stays above 1e-256."""
+
+MIN_SLOPE = 1e-16
+"""Smaller slopes are taken as this one: what that adds is below fp64's rounding of what it is added to."""
 
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None
+    rewards: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See ppomax.kernels.gae."""
-    dtype = wide(rewards).dtype
-    num_kept = response_mask.sum(dim=1, keepdim=True)  # [B, 1]
-    # Column of each token among the kept ones of its row; masked tokens share one more column, which nobody reads.
-    column = torch.where(response_mask, response_mask.cumsum(dim=1) - 1, response_mask.shape[1])
-    kept_rewards = _together(rewards, column)[:, :-1]
-    kept_values = _together(values, column)
-    following = torch.zeros_like(num_kept, dtype=torch.float64) if bootstrap is None else bootstrap.double()[:, None]
-    index = torch.arange(kept_values.shape[1], device=values.device)
-    kept_values = torch.where(index < num_kept, kept_values, torch.where(index == num_kept, following, 0.0))
-
-    delta = kept_rewards + gamma * kept_values[:, 1:] - kept_values[:, :-1]
-    advantages = _discounted_sums(keep(delta, index[:-1] < num_kept), gamma * lam)
-    advantages = torch.nn.functional.pad(advantages, (0, 1)).gather(1, column)
-    returns = keep(advantages + values.double(), response_mask)
-    return keep(advantages, response_mask).to(dtype), returns.to(dtype)
+    if cu_seqlens is not None and max_seqlen is not None:
+        index = positions(cu_seqlens, max_seqlen, len(rewards))
+        rewards, values, mask = (padded(x, index) for x in (rewards, values, response_mask))
+        results = gae_of_rows(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+        return unpadded(results[0], index, len(response_mask)), unpadded(results[1], index, len(response_mask))
+    return gae_of_rows(rewards, values, response_mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
 
 
-def _together(x: Tensor, column: Tensor) -> Tensor:
-    """x in fp64 with the token of each position moved to its column: [B, T + 1]."""
-    B, T = x.shape
-    return x.new_zeros(B, T + 1, dtype=torch.float64).scatter_(1, column, x.double())
+def gae_of_rows(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of rows [B, T]."""
+    rewards, values = wide(rewards), wide(values)
+    bits = bits_of(response_mask, rewards.dtype)
+    kept_rewards = masked(rewards, bits).flip(1).double()
+    kept_values = masked(values, bits_of(response_mask, values.dtype)).flip(1).double()
+    slope = max(gamma * lam, MIN_SLOPE)
+    slopes = bits.flip(1).double().mul_(1.0 - slope).add_(1.0)  # bits are -1 on kept tokens
+    before = kept_values.new_zeros(len(values)) if bootstrap is None else bootstrap.double()
+    block = BLOCK if slope > STEEP else BLOCK_WHEN_STEEP
+    lambda_returns = _recursion(slopes, torch.lerp(kept_values, kept_rewards, lam), before, block)
+
+    returns = kept_rewards
+    returns[:, 1:].add_(lambda_returns[:, :-1], alpha=gamma)
+    returns[:, 0].add_(before, alpha=gamma)
+    advantages = returns - kept_values
+    return (
+        masked(advantages.to(rewards.dtype).flip(1), bits),
+        masked(returns.to(rewards.dtype).flip(1), bits),
+    )
 
 
-def _discounted_sums(x: Tensor, c: float) -> Tensor:
-    """A_j = x_j + c A_{j+1} along the columns of x [B, T]."""
-    B, T = x.shape
-    num_blocks = -(-T // BLOCK)
-    blocks = torch.nn.functional.pad(x, (0, num_blocks * BLOCK - T)).view(B, num_blocks, BLOCK)
-    local = blocks @ _powers_below_diagonal(BLOCK, c, x)
-    # first[b] is A at the start of block b; the starts of neighbouring blocks are c^BLOCK apart.
-    first = local[:, :, 0] @ _powers_below_diagonal(num_blocks, c**BLOCK, x)
-    carried = torch.nn.functional.pad(first[:, 1:], (0, 1))  # [B, num_blocks]
-    distance = torch.arange(BLOCK, 0, -1, dtype=x.dtype, device=x.device)  # columns from each entry to the next block
-    return (local + carried[:, :, None] * c**distance).flatten(1)[:, :T]
-
-
-def _powers_below_diagonal(size: int, c: float, like: Tensor) -> Tensor:
-    """The matrix with c^(i - j) at row i >= column j, else 0."""
-    index = torch.arange(size, dtype=like.dtype, device=like.device)
-    return (c ** (index[:, None] - index).clamp(min=0)).tril()
+def _recursion(slopes: Tensor, offsets: Tensor, before: Tensor, block: int) -> Tensor:
+    """x_t = slopes_t x_{t-1} + offsets_t along the rows of [B, T], where x_{-1} is before [B]; overwrites offsets."""
+    B, T = offsets.shape
+    num_blocks = -(-T // block)
+    missing = num_blocks * block - T
+    if missing:
+        slopes = torch.nn.functional.pad(slopes, (0, missing), value=1.0)
+        offsets = torch.nn.functional.pad(offsets, (0, missing))
+    scale = slopes.view(B, num_blocks, block).cumprod(dim=2)
+    sums = offsets.view(B, num_blocks, block).div_(scale).cumsum_(dim=2)
+    last_scale, last_sum = scale[:, :, -1].t().contiguous(), sums[:, :, -1].t().contiguous()  # [num_blocks, B]
+    starts = [before]
+    for block_scale, block_sum in zip(last_scale[:-1], last_sum[:-1], strict=True):
+        starts.append(block_scale * (block_sum + starts[-1]))
+    return sums.add_(torch.stack(starts, dim=1)[:, :, None]).mul_(scale).view(B, -1)[:, :T]

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder, keep, wide
+from ppomax.kernels.masking import bits_of, masked
+from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder, wide
+from ppomax.kernels.packed_rows import padded, padded_or_none, positions, unpadded
 
 
 @torch.no_grad()
@@ -17,17 +19,37 @@ def token_rewards(
     kl_estimator: str,
     step_rewards: Tensor | None,
     kl: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See ppomax.kernels.token_rewards."""
+    if cu_seqlens is not None and max_seqlen is not None:
+        index = positions(cu_seqlens, max_seqlen, len(response_mask))
+        rewards, kl = token_rewards(
+            scores,
+            padded(logprobs, index),
+            padded(ref_logprobs, index),
+            padded(response_mask, index),
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            step_rewards=padded_or_none(step_rewards, index),
+            kl=padded_or_none(kl, index),
+            cu_seqlens=None,
+            max_seqlen=None,
+        )
+        return unpadded(rewards, index, len(response_mask)), unpadded(kl, index, len(response_mask))
     logprobs = wide(logprobs)
+    bits = bits_of(response_mask, logprobs.dtype)
     if kl is None:
-        kl = _sampled_kl(keep(logprobs, response_mask), keep(wide(ref_logprobs), response_mask), kl_estimator)
-    kl = keep(kl.to(logprobs.dtype), response_mask)
-    rewards = -kl_coef * kl
+        kl = _sampled_kl(logprobs, wide(ref_logprobs), kl_estimator)
+    kl = masked(kl.to(logprobs.dtype), bits)
+    rewards = torch.sub(torch.zeros_like(logprobs[0, 0]), kl, alpha=kl_coef)
     if step_rewards is not None:
-        rewards = rewards + keep(step_rewards.to(logprobs.dtype), response_mask)
-    score = torch.where(_is_last(response_mask), scores.to(logprobs.dtype)[:, None], 0.0)
-    return keep(rewards + score, response_mask), kl
+        rewards += masked(step_rewards.to(logprobs.dtype), bits)
+    number = torch.arange(1, response_mask.shape[1] + 1, dtype=bits.dtype, device=bits.device)
+    last = (bits & number).amax(dim=1, keepdim=True).long()  # number of the last kept token, 0 in an empty row
+    score = torch.where(last > 0, scores.to(logprobs.dtype)[:, None], 0.0)
+    return rewards.scatter_add_(1, (last - 1).clamp(min=0), score), kl
 
 
 def _sampled_kl(logprobs: Tensor, ref_logprobs: Tensor, kl_estimator: str) -> Tensor:
@@ -37,9 +59,3 @@ def _sampled_kl(logprobs: Tensor, ref_logprobs: Tensor, kl_estimator: str) -> Te
     if kl_estimator == "k2":
         return (ref_logprobs - logprobs).square() / 2
     return exp_remainder(clamped_log_ratio(ref_logprobs, logprobs))
-
-
-def _is_last(mask: Tensor) -> Tensor:
-    """True at the last kept entry of each row [B, T]; nowhere in an empty row."""
-    following = mask.flip(1).cumsum(1).flip(1)  # kept entries from here on
-    return mask & (following == 1)

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from ppomax.kernels.dispatch import implementation
+from ppomax.kernels.numerics import wide_dtype
 
 
 class Moments(NamedTuple):
@@ -16,6 +18,7 @@ class Moments(NamedTuple):
     m2: Tensor
 
 
+@torch.no_grad()
 def whiten(
     x: Tensor,
     mask: Tensor,
@@ -37,14 +40,14 @@ def whiten(
     _check("whiten", x, mask)
     if moments is None:
         moments = masked_moments(x, mask)
-    compute = implementation("whiten", x, mask)
-    return compute.whiten(x, mask, *moments, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
+    return _whiten(x, mask, *moments, shift_mean, unbiased, eps)
 
 
+@torch.no_grad()
 def masked_moments(x: Tensor, mask: Tensor) -> Moments:
     """Moments of the entries of x where mask is True, both of one shape; all 0 when there are none."""
     _check("masked_moments", x, mask)
-    return Moments(*implementation("whiten", x, mask).masked_moments(x, mask))
+    return Moments(*_masked_moments(x, mask).unbind())
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -59,3 +62,32 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 def _check(function: str, x: Tensor, mask: Tensor) -> None:
     if x.shape != mask.shape:
         raise ValueError(f"{function}: x {tuple(x.shape)} and mask {tuple(mask.shape)} must have one shape")
+
+
+@custom_op("ppomax::whiten", mutates_args=())
+def _whiten(
+    x: Tensor, mask: Tensor, count: Tensor, mean: Tensor, m2: Tensor, shift_mean: bool, unbiased: bool, eps: float
+) -> Tensor:
+    if not x.numel():
+        return x.new_empty(x.shape, dtype=wide_dtype(x))
+    compute = implementation("whiten", x, mask, count, mean, m2)
+    return compute.whiten(x, mask, count, mean, m2, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
+
+
+@_whiten.register_fake
+def _(
+    x: Tensor, mask: Tensor, count: Tensor, mean: Tensor, m2: Tensor, shift_mean: bool, unbiased: bool, eps: float
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=wide_dtype(x))
+
+
+@custom_op("ppomax::masked_moments", mutates_args=())
+def _masked_moments(x: Tensor, mask: Tensor) -> Tensor:
+    if not x.numel():
+        return x.new_zeros(3, dtype=torch.float64)
+    return implementation("whiten", x, mask).masked_moments(x, mask)
+
+
+@_masked_moments.register_fake
+def _(x: Tensor, mask: Tensor) -> Tensor:
+    return x.new_empty(3, dtype=torch.float64)
