@@ -96,7 +96,9 @@ def test_masses_and_shares_have_the_bits_of_torch_and_noise_is_within_its_error(
     inputs = [x.to(DEVICE) for x in (words, distances, part, scores)]
     _numbers_kernel[(1,)](inputs[0], gumbel, inputs[1], masses, inputs[2], shares, inputs[3], fixed, N=N)
     exact = -(-unit_interval(words).log()).log()
-    assert (gumbel.cpu() - exact).abs().max() < 1.5e-6
+    error = (gumbel.cpu() - exact).abs()
+    assert error.max() < 2e-6
+    assert error[exact < 8].max() < 6e-7
     assert torch.equal(masses.cpu(), mass(distances))
     assert torch.equal(shares.cpu(), share(mass(distances), top_p))
     assert torch.equal(fixed.cpu(), fixed_point(scores))
