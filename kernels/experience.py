@@ -59,8 +59,8 @@ def experience(
     check_gae("experience", values, response_mask, bootstrap, *packing, gamma=gamma, lam=lam)
     tensors = (scores, logprobs, ref_logprobs, values, response_mask)
     options = (kl_coef, kl_estimator, gamma, lam, step_rewards, bootstrap, kl)
-    *of_tokens, moments = _experience(*tensors, *options, *packing)
-    return TokenExperience(*of_tokens, Moments(*moments.unbind()))
+    rewards, kl, advantages, returns, moments = _experience(*tensors, *options, *packing)
+    return TokenExperience(rewards, kl, advantages, returns, Moments(*moments.unbind()))
 
 
 @custom_op("ppomax::experience", mutates_args=())
@@ -81,7 +81,7 @@ def _experience(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not response_mask.numel():
-        return *(_empty(logprobs) for _ in range(4)), logprobs.new_zeros(3, dtype=torch.float64)
+        return *_empty(logprobs), logprobs.new_zeros(3, dtype=torch.float64)
     tensors = (scores, logprobs, ref_logprobs, values, response_mask)
     compute = implementation("experience", *tensors, step_rewards, bootstrap, kl, cu_seqlens)
     return compute.experience(
@@ -115,8 +115,11 @@ def _(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return *(_empty(logprobs) for _ in range(4)), logprobs.new_empty(3, dtype=torch.float64)
+    return *_empty(logprobs), logprobs.new_empty(3, dtype=torch.float64)
 
 
-def _empty(logprobs: Tensor) -> Tensor:
-    return logprobs.new_empty(logprobs.shape, dtype=wide_dtype(logprobs))
+def _empty(logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rewards, kl, advantages, returns = (
+        logprobs.new_empty(logprobs.shape, dtype=wide_dtype(logprobs)) for _ in range(4)
+    )
+    return rewards, kl, advantages, returns

@@ -82,4 +82,4 @@ def _recursion(slopes: Tensor, offsets: Tensor, before: Tensor, block: int) -> T
     starts = [before]
     for block_scale, block_sum in zip(last_scale[:-1], last_sum[:-1], strict=True):
         starts.append(block_scale * (block_sum + starts[-1]))
-    return sums.add_(torch.stack(starts, dim=1)[:, :, None]).mul_(scale).view(B, -1)[:, :T]
+    return sums.add_(torch.stack(starts, dim=1)[:, :, None]).mul_(scale).view(B, num_blocks * block)[:, :T]

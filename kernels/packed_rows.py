@@ -28,9 +28,12 @@ def count_rows(function: str, response_mask: Tensor, cu_seqlens: Tensor | None, 
 
 
 def positions(cu_seqlens: Tensor, max_seqlen: int, num_entries: int) -> Tensor:
-    """[B, max_seqlen] int64: which of the K = num_entries entries each token is, and K beyond the end of its row."""
+    """[B, max_seqlen] int64: which of the K = num_entries entries each token is, and K beyond the end of its row.
+
+    One column at least, also when there are only empty rows.
+    """
     first, end = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
-    index = first + torch.arange(max_seqlen, device=cu_seqlens.device)
+    index = first + torch.arange(max(max_seqlen, 1), device=cu_seqlens.device)
     return torch.where(index < end, index, num_entries)
 
 

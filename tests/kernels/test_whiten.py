@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ppomax.kernels import whiten as whiten_file
 from ppomax.kernels.whiten import Moments, masked_moments, merge_moments, whiten
 
 
@@ -84,6 +85,64 @@ def test_merged_parts_equal_the_whole_in_any_order(seed: int, rows: int) -> None
     whole = masked_moments(x, mask)
     for merged in (merge_moments(*parts), merge_moments(*parts[::-1])):
         torch.testing.assert_close(tuple(merged), tuple(whole), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2500,), (3, 0), (2, 3, 4)])
+def test_any_shape(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.8
+    kept = x[mask].double()
+    moments = masked_moments(x, mask)
+    assert moments.count.item() == kept.numel()
+    variance = kept.var(correction=0) if kept.numel() else torch.zeros(())
+    mean = kept.mean() if kept.numel() else 0.0
+    wanted = torch.where(mask, (x.double() - mean) * torch.rsqrt(variance + 1e-6), 0.0)
+    torch.testing.assert_close(whiten(x, mask).double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_strided_tensors_of_several_blocks() -> None:
+    x, mask = random_case(3, 2100)
+    apart = torch.nn.functional.pad(x, (3, 9), value=math.nan)[:, 3:2103]
+    columns = mask.t().contiguous().t()
+    torch.testing.assert_close(tuple(masked_moments(apart, columns)), tuple(masked_moments(x, mask)))
+    torch.testing.assert_close(whiten(apart, columns), whiten(x, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types(dtype: torch.dtype) -> None:
+    x, mask = random_case()
+    x = x.to(dtype)
+    out = whiten(x, mask)
+    kept = x[mask].double()
+    wanted = (x.double() - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-6)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-7 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(out.double(), torch.where(mask, wanted, 0.0), rtol=tolerance, atol=tolerance)
+
+
+def test_a_large_mean_costs_no_precision() -> None:
+    x, mask = random_case(offset=8192.0)
+    kept = x[mask].double()
+    wanted = torch.where(mask, (x.double() - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-6), 0.0)
+    torch.testing.assert_close(whiten(x, mask).double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_every_entry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask = random_case()
+    wanted, moments = whiten(x, mask), masked_moments(x, mask)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(math.nan))
+    torch.testing.assert_close(whiten(x, mask), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(tuple(masked_moments(x, mask)), tuple(moments), rtol=0, atol=0)
+
+
+def test_compiles_as_one_graph_and_is_a_sound_operator() -> None:
+    x, mask = random_case()
+    compiled = torch.compile(lambda x: whiten(x, mask), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), whiten(x, mask), rtol=0, atol=0)
+    torch.library.opcheck(whiten_file._masked_moments, (x, mask))
+    torch.library.opcheck(whiten_file._whiten, (x, mask, *masked_moments(x, mask), True, False, 1e-6))
 
 
 def test_unequal_shapes_are_named() -> None:
