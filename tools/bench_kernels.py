@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ppomax.tools import bench_ops
 from ppomax.tools.bench_ops import Item
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = arguments.output or ROOT / "docs" / "benchmarks" / folder_name(environment)
     write(folder, rows, environment)
     print(f"wrote {folder}/README.md, results.json, times.png")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if failed := sorted({row.op for row in rows if row.version == OURS and row.note}):
         sys.exit(f"bench_kernels: {', '.join(failed)} failed")
 

@@ -123,7 +123,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         ticks.append((position - (len(members) + 1) / 2, f"{op} {case}\n{part}"))
         position += 0.7
     axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(position, -1)
     axes.set_xscale("log")
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("time / time of ours")
