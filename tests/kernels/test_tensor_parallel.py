@@ -1,8 +1,8 @@
 """Vocabulary spread over two and four gloo processes against the whole vocabulary in one, by both versions.
 
 Sampling is in test_sampling_tp.py. Run as a script (rank, folder) this file is one of four processes; the fixture
-starts them once and the tests compare what they saved. A script, because pytest's importlib mode gives test modules no name that a spawned process
-could import.
+starts them once and the tests compare what they saved. A script, because pytest's importlib mode gives test modules no
+name that a spawned process could import.
 """
 
 import os
