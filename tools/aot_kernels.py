@@ -31,7 +31,7 @@ from ppomax.tools.compile_triton import (
     name_of,
     recorded,
 )
-from ppomax.tools.kernel_cases import Case, Maker, run
+from ppomax.tools.kernel_inputs import Case, Maker, run
 from ppomax.tools.kernel_shapes import PRODUCTION
 
 GRID_LIMIT = 65535
@@ -46,14 +46,19 @@ FLOAT64_ALLOWED: dict[str, str] = {
     "whiten._whiten_kernel": "reads the moments, once per program",
     "policy_loss._policy_loss_kernel": "reads the moments that advantages are whitened by, once per program",
 }
+PACKED = "packed rows begin anywhere, so that nothing wider than an entry is aligned"
 NARROW_ALLOWED: dict[str, str] = {
+    "experience._experience_kernel packed": PACKED,
+    "gae._gae_kernel packed": PACKED,
+    "token_rewards._token_rewards_kernel packed": PACKED,
+    "sampling._draw_kernel bf16": "4 entries a thread, 8 bytes in bf16: twice as many spill",
     "whiten._merge_parts_kernel": "reads three numbers a row of the batch",
     "logprobs._combine_kernel": "folds 16 bytes a row and shard, next to rows of 64 KB and more",
     "sampling._fold_kernel": "folds a few records per request",
     "partial_sums._sum_partials_kernel": "adds a few hundred numbers in one program",
 }
 NO_TENSOR_CORE_ALLOWED: dict[str, str] = {}
-"""Per kernel (`<op>.<kernel>`): why it may."""
+"""Per kernel (`<op>.<kernel>`), or per kernel and word in the names of its calls: why it may."""
 
 
 @dataclass(frozen=True)
@@ -141,21 +146,25 @@ def judge(launch: Launch, facts: Facts, arch: str) -> list[str]:
     """What the gate holds against a binary."""
     count = facts.instructions.get
     faults = []
-    if facts.spill and launch.name not in SPILLS_ALLOWED:
+    if facts.spill and not is_in(SPILLS_ALLOWED, launch):
         faults.append(f"{facts.spill} bytes of registers spill")
     if facts.shared > SHARED_LIMIT[arch]:
         faults.append(f"{facts.shared} bytes of shared memory; {arch} has {SHARED_LIMIT[arch]}")
-    if facts.fp64 and launch.name not in FLOAT64_ALLOWED:
+    if facts.fp64 and not is_in(FLOAT64_ALLOWED, launch):
         faults.append(f"{facts.fp64} instructions on float64")
     if count("ATOM"):
         faults.append(f"{count('ATOM')} atomics: two runs would differ")
-    if not any(map(count, ("LDG.128", "LDGSTS.128", "UTMALDG"))) and launch.name not in NARROW_ALLOWED:
+    if not any(map(count, ("LDG.128", "LDGSTS.128", "UTMALDG"))) and not is_in(NARROW_ALLOWED, launch):
         faults.append("no load of 16 bytes")
-    if facts.has_dot and not any(map(count, ("HMMA", "HGMMA"))) and launch.name not in NO_TENSOR_CORE_ALLOWED:
+    if facts.has_dot and not any(map(count, ("HMMA", "HGMMA"))) and not is_in(NO_TENSOR_CORE_ALLOWED, launch):
         faults.append("tl.dot without tensor cores")
     if any(size > GRID_LIMIT for size in launch.grid[1:]):
         faults.append(f"grid {launch.grid}: axes 1 and 2 end at {GRID_LIMIT}")
     return faults
+
+
+def is_in(allowed: Iterable[str], launch: Launch) -> bool:
+    return bool({launch.name, *(f"{launch.name} {word}" for word in launch.call.split())} & set(allowed))
 
 
 def line_of(binary: Binary) -> str:

@@ -29,7 +29,7 @@ from ppomax.tools.bench_ops import Item
 from ppomax.tools.bench_peers import Contender, eager_contenders, library_contenders, versions
 from ppomax.tools.bench_report import COLUMNS, OURS, Row, cells, write
 from ppomax.tools.bench_timing import Ceilings, Measured, captured, ceilings, measure, summary
-from ppomax.tools.kernel_cases import Maker
+from ppomax.tools.kernel_inputs import Maker
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {"cuda": 0.2, "cpu": 0.05}
@@ -119,6 +119,7 @@ def passes(op: str, lines: Sequence[Sequence[str]]) -> bool:
 
 def timed(item: Item, device: torch.device, limits: Ceilings, *, seconds: float, compiled: bool) -> Iterator[Row]:
     """Rows of an operation's call: ours first, then its peers, for every pass."""
+    torch.compiler.reset()  # or the many shapes of one function would exhaust its recompilations
     peers, absent = library_contenders(item.function, device)
     contenders = [Contender(OURS, item.case.function), *eager_contenders(item.function, compiled=compiled), *peers]
     inputs = item.case.inputs(Maker(device, dense=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ppomax.tools import kernel_cases as cases
 from ppomax.tools import kernel_shapes as shapes
 from ppomax.tools.bench_peers import Contender
-from ppomax.tools.kernel_cases import BF16, FP32, Case, Maker, tensors_in
+from ppomax.tools.kernel_inputs import BF16, FP32, Case, Maker, run, tensors_in
 
 Function = Callable[[], object]
 Passes = tuple[str, ...]
@@ -167,7 +167,7 @@ def prepared(item: Item, contender: Contender, inputs: Sequence[Any], name: str)
 
 def traffic(item: Item, inputs: Sequence[Any]) -> dict[str, int]:
     """Bytes that each pass must at least read and write: {pass: bytes}."""
-    outputs, gradients = cases.run(item.case, inputs)
+    outputs, gradients = run(item.case, inputs)
     read, written = _num_bytes(list(inputs)), _num_bytes(outputs)
     written += _num_bytes([inputs[i] for i in item.updated])
     returned = _num_bytes([x for x in outputs if x.is_floating_point()]) if gradients else 0
@@ -199,7 +199,7 @@ def _results(item: Item, function: Callable[..., Any], num_outputs: int | None, 
     case = Case(item.op, item.small.name, first, item.small.inputs, item.small.settings, item.small.num_gradients)
     is_double = any(x.dtype == torch.float64 for x in tensors_in(list(inputs)))
     with patch.dict(os.environ, {"PPOMAX_KERNELS": "reference"} if is_double else {}):
-        outputs, gradients = cases.run(case, inputs)
+        outputs, gradients = run(case, inputs)
     return [*outputs, *gradients, *tensors_in([inputs[i] for i in item.updated])]
 
 

@@ -100,6 +100,8 @@ def _quantile(ordered: list[float], share: float) -> float:
 
 
 def _samples(function: Function, device: torch.device, seconds: float) -> list[float]:
+    function()  # compiles, perhaps
+    synchronize(device)
     start = time.perf_counter()
     num_warm = 0
     while num_warm == 0 or time.perf_counter() - start < WARM_UP_SHARE * seconds:

@@ -1,11 +1,7 @@
-"""Calls of kernels/ with inputs to match, of any size: what the compile gate, the benchmark and GPU tests are made of.
-
-A `Case` is one call of a public function; a `Maker` fills its inputs: random numbers on a device, or nothing at all on
-"meta", where only shapes and types exist.
-"""
+"""Builders of calls of kernels/, of any size: what the compile gate, the benchmark and the GPU tests are made of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,81 +23,7 @@ from ppomax.kernels.token_rewards import token_rewards
 from ppomax.kernels.value_head_loss import value_head_loss
 from ppomax.kernels.value_loss import value_loss
 from ppomax.kernels.whiten import Moments, masked_moments, whiten
-
-BF16, FP32 = torch.bfloat16, torch.float32
-
-
-class Maker:
-    """Draws inputs on a device; those of "meta" have no entries. dense: masks keep everything."""
-
-    def __init__(self, device: torch.device | str, seed: int = 0, *, dense: bool = False) -> None:
-        self.device = torch.device(device)
-        self.dense = dense
-        self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
-
-    def normal(self, *size: int, dtype: torch.dtype = FP32, std: float = 1.0) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=self.device).normal_(0.0, std, generator=self._generator)
-
-    def uniform(self, *size: int) -> Tensor:
-        return torch.empty(size, device=self.device).uniform_(generator=self._generator)
-
-    def zeros(self, *size: int) -> Tensor:
-        return torch.zeros(size, device=self.device)
-
-    def integers(self, *size: int, high: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int64, device=self.device).random_(0, high, generator=self._generator)
-
-    def labels(self, num_rows: int, vocab_size: int) -> Tensor:
-        """One label in eight masks its row."""
-        return torch.where(self._seven_of_eight(num_rows), self.integers(num_rows, high=vocab_size), -1)
-
-    def mask(self, B: int, T: int, *, with_gaps: bool = False) -> Tensor:
-        """Responses that begin within the first quarter of their row and end within the last."""
-        start, end = self.integers(B, 1, high=T // 4 + 1), T - self.integers(B, 1, high=T // 4 + 1)
-        position = torch.arange(T, device=self.device)[None]
-        inside = ((position >= start) & (position < end)) | self.dense
-        return inside & (self.uniform(B, T) < 0.8) if with_gaps else inside
-
-    def token_weights(self, num_tokens: int) -> Tensor:
-        """One over the number of kept tokens; one token in eight has none."""
-        kept = self._seven_of_eight(num_tokens)
-        return kept / kept.sum()
-
-    def _seven_of_eight(self, num: int) -> Tensor:
-        return (torch.arange(num, device=self.device) % 8 != 7) | self.dense
-
-
-@dataclass(frozen=True)
-class Case:
-    """function(*inputs(maker), **settings), of whose inputs the first `num_gradients` get a gradient."""
-
-    op: str
-    name: str
-    function: Callable[..., Any]
-    inputs: Callable[[Maker], Sequence[Any]]
-    settings: dict[str, Any] = field(default_factory=dict)
-    num_gradients: int = 0
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a result: one, or those of nested tuples, lists and the values of dictionaries."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [x for item in value for x in tensors_in(item)] if isinstance(value, tuple | list) else []
-
-
-def run(case: Case, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients): the gradients of a fixed weighted sum of the outputs that have one."""
-    given = [x.detach().requires_grad_() if i < case.num_gradients else x for i, x in enumerate(inputs)]
-    outputs = tensors_in(case.function(*given, **case.settings))
-    differentiable = [x for x in outputs if x.requires_grad]
-    if not case.num_gradients:
-        return outputs, []
-    upstream = [torch.linspace(0.5, 1.5, x.numel(), device=x.device).view(x.shape).to(x.dtype) for x in differentiable]
-    gradients = torch.autograd.grad(differentiable, given[: case.num_gradients], upstream)
-    return [x.detach() for x in outputs], list(gradients)
+from ppomax.tools.kernel_inputs import BF16, FP32, Case, Maker, name_of
 
 
 def rms_norm_case(N: int, H: int, dtype: torch.dtype = BF16) -> Case:
@@ -150,14 +72,22 @@ def linear_full_kl_case(N: int, H: int, V: int, dtype: torch.dtype = BF16) -> Ca
     return Case("linear_full_kl", f"{N} x {H} x {V} {name_of(dtype)}", linear_full_kl, inputs)
 
 
-def linear_policy_loss_case(N: int, H: int, V: int, dtype: torch.dtype = BF16) -> Case:
+def linear_policy_loss_case(N: int, H: int, V: int, dtype: torch.dtype = BF16, *, with_all: bool = False) -> Case:
+    """with_all: advantages whitened by given moments, importance weights, and a language-model loss."""
+
     def inputs(make: Maker) -> Sequence[Any]:
         head, labels = head_of(make, N, H, V, dtype), make.labels(N, V)
-        return *head, labels, make.normal(N, std=0.3) - 10, make.normal(N), make.token_weights(N)
+        extra = [make.uniform(N), make.token_weights(N), *moments_of(make, N)] if with_all else []
+        return *head, labels, make.normal(N, std=0.3) - 10, make.normal(N), make.token_weights(N), *extra
+
+    def called(*given: Tensor, **settings: Any) -> Any:
+        if with_all:
+            settings |= {"importance_weights": given[6], "lm_weights": given[7], "moments": Moments(*given[8:])}
+        return linear_policy_loss(*given[:6], **settings)
 
     settings = {"clip": 0.2, "dual_clip": 3.0, "entropy_coef": 0.01}
-    name = f"{N} x {H} x {V} {name_of(dtype)}"
-    return Case("linear_policy_loss", name, linear_policy_loss, inputs, settings, 2)
+    name = f"{N} x {H} x {V} {name_of(dtype)}" + (" all options" if with_all else "")
+    return Case("linear_policy_loss", name, called, inputs, settings, 2)
 
 
 def linear_cross_entropy_case(N: int, H: int, V: int, dtype: torch.dtype = BF16) -> Case:
@@ -171,6 +101,11 @@ def linear_cross_entropy_case(N: int, H: int, V: int, dtype: torch.dtype = BF16)
 def head_of(make: Maker, N: int, H: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Hidden states and a head whose logits have standard deviation 2."""
     return make.normal(N, H, dtype=dtype), make.normal(V, H, dtype=dtype, std=2 * H**-0.5)
+
+
+def moments_of(make: Maker, count: int) -> list[Tensor]:
+    """Count, mean and sum of squared differences, of a standard deviation near 1.4."""
+    return [make.zeros(1)[0].double() + x for x in (count, 0.1, 2.0 * count)]
 
 
 def token_rewards_case(B: int, T: int, kl_estimator: str = "k1", **optional: bool) -> Case:
@@ -240,7 +175,7 @@ def policy_loss_case(
     def inputs(make: Maker) -> Sequence[Any]:
         old = make.normal(N) - 3
         extra = [make.uniform(N)] if weighted else []
-        extra += [make.zeros(1)[0].double() + x for x in (N, 0.1, 2.0 * N)] if whitened else []
+        extra += moments_of(make, N) if whitened else []
         return old + make.normal(N, std=0.1), old, make.normal(N), make.token_weights(N), *extra
 
     def called(logprobs: Tensor, old: Tensor, advantages: Tensor, weights: Tensor, *extra: Tensor, **given: Any) -> Any:
@@ -250,6 +185,51 @@ def policy_loss_case(
 
     label = f"{N} {name}".rstrip()
     return Case("policy_loss", label, called, inputs, {"clip": 0.2, "dual_clip": 3.0, **settings}, 1)
+
+
+def packed_experience_case(B: int, T: int, kl_estimator: str = "k1") -> Case:
+    """Rows of T down to T / 2 tokens, one after the other, with gaps in their masks."""
+    ends = list(accumulate(T - row % 5 * (T // 8) for row in range(B)))
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        num = ends[-1]
+        logprobs = [make.normal(num, std=0.3) for _ in range(2)]
+        mask = make.mask(1, num, with_gaps=True)[0]
+        return make.normal(B), *logprobs, make.normal(num), mask, torch.tensor([0, *ends], device=make.device)
+
+    def called(*given: Tensor, **settings: Any) -> Any:
+        return experience(*given[:5], cu_seqlens=given[5], **settings)
+
+    settings = {"kl_coef": 0.1, "kl_estimator": kl_estimator, "gamma": 1.0, "lam": 0.95, "max_seqlen": T}
+    return Case("experience", f"{B} packed rows of {T} {kl_estimator}", called, inputs, settings)
+
+
+def packed_gae_case(B: int, T: int) -> Case:
+    """Rows as those of packed_experience_case."""
+    whole = packed_experience_case(B, T)
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        _, rewards, _, values, mask, cu_seqlens = whole.inputs(make)
+        return rewards, values, mask, cu_seqlens
+
+    def called(rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor, **settings: Any) -> Any:
+        return gae(rewards, values, mask, cu_seqlens=cu_seqlens, **settings)
+
+    return Case("gae", f"{B} packed rows of {T}", called, inputs, {"gamma": 1.0, "lam": 0.95, "max_seqlen": T})
+
+
+def packed_rewards_case(B: int, T: int) -> Case:
+    """Rows as those of packed_experience_case."""
+    whole = packed_experience_case(B, T)
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        scores, logprobs, ref_logprobs, _, mask, cu_seqlens = whole.inputs(make)
+        return scores, logprobs, ref_logprobs, mask, cu_seqlens
+
+    def called(*given: Tensor, **settings: Any) -> Any:
+        return token_rewards(*given[:4], cu_seqlens=given[4], **settings)
+
+    return Case("token_rewards", f"{B} packed rows of {T}", called, inputs, {"kl_coef": 0.1, "max_seqlen": T})
 
 
 def value_loss_case(N: int, clip: float | None = 0.2, dtype: torch.dtype = FP32) -> Case:
@@ -271,14 +251,14 @@ def value_head_loss_case(N: int, H: int, dtype: torch.dtype = BF16) -> Case:
     return Case("value_head_loss", name, value_head_loss, inputs, {"clip": 0.2}, 2)
 
 
-def sampling_case(R: int, V: int, name: str = "plain", **settings: Any) -> Case:
+def sampling_case(R: int, V: int, name: str = "plain", *, dtype: torch.dtype = FP32, **settings: Any) -> Case:
     """R requests; a fiftieth of the vocabulary was seen where there is a repetition penalty."""
     chosen = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, **settings}
     penalised = chosen["repetition_penalty"] != 1.0
 
     def inputs(make: Maker) -> Sequence[Any]:
         seen = make.uniform(R, V) < 0.02 if penalised else None
-        return make.normal(R, V, std=2.0), seen, make.integers(R, high=2**62), make.integers(R, high=2048)
+        return make.normal(R, V, dtype=dtype, std=2.0), seen, make.integers(R, high=2**62), make.integers(R, high=2048)
 
     def called(logits: Tensor, seen: Tensor | None, seeds: Tensor, positions: Tensor, **settings: Any) -> Any:
         return sample(logits, seen=seen, seeds=seeds, positions=positions, **settings)
@@ -312,7 +292,3 @@ def squared_norm_case(num_entries: int, dtype: torch.dtype = FP32) -> Case:
 
     name = f"squared norm of {num_entries} {name_of(dtype)}"
     return Case("adamw", name, called, lambda make: [make.normal(num_entries, dtype=dtype)])
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}[dtype]

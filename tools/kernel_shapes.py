@@ -1,9 +1,8 @@
 """The calls that stand for production: a 7B model on 8192 tokens, and 13B where the size of a row decides more."""
 
+from typing import Any
+
 from ppomax.tools.kernel_cases import (
-    BF16,
-    FP32,
-    Case,
     adamw_case,
     experience_case,
     gae_case,
@@ -13,6 +12,9 @@ from ppomax.tools.kernel_cases import (
     linear_policy_loss_case,
     logprobs_case,
     moments_case,
+    packed_experience_case,
+    packed_gae_case,
+    packed_rewards_case,
     policy_loss_case,
     rms_norm_case,
     rope_case,
@@ -24,11 +26,12 @@ from ppomax.tools.kernel_cases import (
     value_loss_case,
     whiten_case,
 )
+from ppomax.tools.kernel_inputs import BF16, FP32, Case
 
 NUM_TOKENS = 8192
 HIDDEN, WIDE_HIDDEN, FEED_FORWARD = 4096, 5120, 11008
 VOCABULARIES = (32000, 128256, 151936)
-PAPER_SAMPLING = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}
+PAPER_SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1}
 LARGE_BATCH = (1024, 8192)
 
 PRODUCTION: tuple[Case, ...] = (
@@ -42,6 +45,7 @@ PRODUCTION: tuple[Case, ...] = (
     linear_logprobs_case(NUM_TOKENS, HIDDEN, 32000, FP32),
     linear_policy_loss_case(NUM_TOKENS, HIDDEN, 128256),
     linear_policy_loss_case(NUM_TOKENS, HIDDEN, 32000, FP32),
+    linear_policy_loss_case(NUM_TOKENS, HIDDEN, 32000, with_all=True),
     linear_cross_entropy_case(NUM_TOKENS, HIDDEN, 128256),
     linear_full_kl_case(NUM_TOKENS, HIDDEN, 32000),
     *(token_rewards_case(64, 1024, estimator) for estimator in ("k1", "k2", "k3")),
@@ -51,6 +55,7 @@ PRODUCTION: tuple[Case, ...] = (
     *(experience_case(B, T) for B, T in ((64, 1024), (8, 512), (8, 8192), LARGE_BATCH)),
     *(experience_case(64, 1024, estimator) for estimator in ("k2", "k3")),
     experience_case(64, 1024, "full", kl=True, step_rewards=True, bootstrap=True),
+    *(case(256, 1024) for case in (packed_experience_case, packed_gae_case, packed_rewards_case)),
     *(case(*LARGE_BATCH, dtype) for case in (whiten_case, moments_case) for dtype in (FP32, BF16)),
     moments_case(64, 1024),
     policy_loss_case(NUM_TOKENS),
@@ -64,6 +69,7 @@ PRODUCTION: tuple[Case, ...] = (
     value_loss_case(NUM_TOKENS, dtype=BF16),
     *(value_head_loss_case(NUM_TOKENS, H, dtype) for H in (HIDDEN, WIDE_HIDDEN) for dtype in (BF16, FP32)),
     *(sampling_case(64, V) for V in (32000, 151936)),
+    sampling_case(64, 151936, "bf16", dtype=BF16),
     sampling_case(64, 151936, "greedy", temperature=0.0),
     sampling_case(64, 151936, "top-k", top_k=50),
     sampling_case(64, 151936, "paper", **PAPER_SAMPLING),

@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from ppomax.tools.aot_kernels import FLOAT64_ALLOWED, NARROW_ALLOWED, NO_TENSOR_CORE_ALLOWED, SPILLS_ALLOWED
 
 WORKER = Path(__file__).with_name("aot_mutants_worker.py")
 
@@ -58,6 +61,14 @@ def test_a_good_kernel_has_no_fault(faults: dict[str, list[str]]) -> None:
 )
 def test_a_bad_kernel_is_refused(faults: dict[str, list[str]], kernel: str, fault: str) -> None:
     assert any(fault in found for found in faults[kernel]), faults[kernel]
+
+
+def test_every_exception_names_a_kernel_that_is_there_and_gives_a_reason() -> None:
+    every = (SPILLS_ALLOWED, FLOAT64_ALLOWED, NARROW_ALLOWED, NO_TENSOR_CORE_ALLOWED)
+    for key, reason in (item for allowed in every for item in allowed.items()):
+        module, kernel = key.split()[0].split(".")
+        assert hasattr(import_module(f"ppomax.kernels.{module}_triton"), kernel), key
+        assert len(reason) > 20
 
 
 def test_the_interpreter_is_refused(tmp_path: Path) -> None:

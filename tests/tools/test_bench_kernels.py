@@ -11,7 +11,8 @@ from ppomax.tools.bench_ops import Item
 from ppomax.tools.bench_peers import Contender, eager_contenders, library_contenders
 from ppomax.tools.bench_report import COLUMNS, OURS, Row, cells, rate, seconds, table
 from ppomax.tools.bench_timing import Ceilings, measure, summary
-from ppomax.tools.kernel_cases import Maker, gae_case, run, swiglu_case
+from ppomax.tools.kernel_cases import gae_case, swiglu_case
+from ppomax.tools.kernel_inputs import Maker, run
 from ppomax.tools.kernel_shapes import PRODUCTION
 
 CPU = torch.device("cpu")
