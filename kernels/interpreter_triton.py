@@ -8,6 +8,8 @@ What it changes, of triton 3.6 and 3.7:
  5. Loops with run-time bounds fail with triton 3.6 and numpy >= 2.4.
  6. `tl.associative_scan` and `tl.reduce` with a function of one's own take 0.2-0.5 ms an element: log2(n) steps over
     whole blocks instead, which also associate as a GPU does, not from left to right.
+ 7. Every call of a function inside a kernel prepares triton.language again, which is most of the time of a small kernel:
+    once a launch is enough.
 Nothing here runs in a process that compiles kernels.
 """
 
@@ -38,6 +40,7 @@ def make_interpreter_exact() -> None:
     builder = interpreter.InterpreterBuilder
     if builder.cast_impl.__module__ == __name__:
         return
+    _patch_once_a_launch()
     _fix_loop_bounds()
     _fix_casts(builder)
     _fix_dot(builder)
@@ -46,6 +49,24 @@ def make_interpreter_exact() -> None:
         setattr(builder, name, _refusing_bfloat16(name, getattr(builder, name)))
     interpreter.ScanOps.generic_scan = _scan
     interpreter.ReduceOps.generic_reduce = _reduce
+
+
+def _patch_once_a_launch() -> None:
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    prepared: set[tuple[int, ...]] = set()
+
+    def patch_lang_once(function: Any) -> Any:
+        modules = tuple(sorted({id(x) for x in function.__globals__.values() if x is tl or x is tl.core}))
+        if modules in prepared:
+            return interpreter._LangPatchScope()
+        prepared.add(modules)
+        return patch_lang(function)
+
+    def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang_once, launch_afresh
 
 
 def _fix_loop_bounds() -> None:

@@ -119,9 +119,9 @@ def test_advantages_are_whitened_on_the_fly() -> None:
 
 
 def test_gradcheck_passes() -> None:
-    case = Case(7, 3, 8)
+    case = Case(6, 2, 5)
     inputs = leaf(case.hidden), leaf(case.weight)
-    assert gradcheck(lambda *leaves: loss_of(case, leaves, clip=0.5, entropy_coef=0.1, chunk_rows=3).loss, inputs)
+    assert gradcheck(lambda *leaves: loss_of(case, leaves, clip=0.5, entropy_coef=0.1, chunk_rows=4).loss, inputs)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
@@ -138,7 +138,7 @@ def test_gradients_are_as_accurate_as_their_dtype(dtype: torch.dtype, tolerance:
         assert (grad.double() - exact.double()).norm() <= tolerance * exact.double().norm()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(chunk_rows=st.integers(1, 12), seed=st.integers(0, 100))
 def test_loss_and_hidden_gradients_do_not_depend_on_chunks(chunk_rows: int, seed: int) -> None:
     case = Case(12, 8, 33, seed=seed, dtype=torch.float32)
