@@ -39,6 +39,7 @@ SHARED_TESTS = "test_transformer_ops.py"
 """Of operations that have no file of their own."""
 
 CPUS_PER_TEST = 4
+IN_PLACE = "works in place, so only once for each forward pass: see both together"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,9 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with_compile = arguments.compile if arguments.compile is not None else device.type == "cuda"
     for item in every:
         if item.op in chosen and item.op not in red:
-            for row in timed(item, device, limits, seconds=seconds, compiled=with_compile):
-                print("  ".join(cells(row)), flush=True)
-                rows.append(row)
+            try:
+                for row in timed(item, device, limits, seconds=seconds, compiled=with_compile):
+                    print("  ".join(cells(row)), flush=True)
+                    rows.append(row)
+            except Exception as error:  # of ours: the other operations are still worth a report, and the run fails
+                rows.append(Row(item.op, item.case.name, "", OURS, note=f"{type(error).__name__}: {error}"[:300]))
+                print("  ".join(cells(rows[-1])), flush=True)
     tests = "skipped" if arguments.skip_tests else f"{len(chosen) - len(red)} of {len(chosen)} operations green"
     environment = environment_of(device, limits, tests)
     folder = arguments.output or ROOT / "docs" / "benchmarks" / folder_name(environment)
@@ -124,13 +129,14 @@ def timed(item: Item, device: torch.device, limits: Ceilings, *, seconds: float,
     contenders = [Contender(OURS, item.case.function), *eager_contenders(item.function, compiled=compiled), *peers]
     inputs = item.case.inputs(Maker(device, dense=True))
     traffic = bench_ops.traffic(item, inputs)
-    errors, notes = {}, {}
+    errors, broken = {}, {}
     for contender in contenders:
         try:
             errors[contender.name] = bench_ops.error(item, contender, device)
         except Exception as error:  # of another library: the rest is still worth measuring
-            notes[contender.name] = f"fails on the small call: {type(error).__name__}: {error}".splitlines()[0][:200]
+            broken[contender.name] = f"fails on the small call: {type(error).__name__}: {error}".splitlines()[0][:200]
     for part, flops in zip(item.passes, item.flops, strict=False):
+        notes = broken | {c.name: IN_PLACE for c in contenders if c.overwrites and part == "backward"}
         for graph in (False, True) if item.launch_bound and device.type == "cuda" else (False,):
             builders = {
                 contender.name: partial(_build, item, contender, inputs, part, graph)

@@ -114,7 +114,7 @@ def _megatron_fused_logprobs() -> Contender:
     group = _world_of_one()
 
     def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
-        return -function(logits[:, None], labels[:, None], group)[:, 0]
+        return -function(_own(logits)[:, None], labels[:, None], group)[:, 0]
 
     return Contender("Megatron fused, no entropy", token_logprobs, num_outputs=1, overwrites=True)
 
@@ -127,9 +127,14 @@ def _megatron_logprobs() -> Contender:
         state.initialize_model_parallel()
 
     def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
-        return -module.vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
+        return -module.vocab_parallel_cross_entropy(_own(logits)[:, None], labels[:, None])[:, 0]
 
     return Contender("Megatron, no entropy", token_logprobs, num_outputs=1, overwrites=True)
+
+
+def _own(logits: Tensor) -> Tensor:
+    """Logits that Megatron may overwrite: it makes a copy of them itself, in fp32, unless they are fp32 already."""
+    return logits.clone() if logits.dtype == torch.float32 else logits
 
 
 def _cce_logprobs() -> Contender:
