@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from ppomax.kernels.gae_reference import gae_of_rows
+from ppomax.kernels.gae_reference import gae_of_kept
+from ppomax.kernels.masking import bits_of
 from ppomax.kernels.packed_rows import padded, padded_or_none, positions, unpadded
 from ppomax.kernels.token_rewards_reference import token_rewards
-from ppomax.kernels.whiten_reference import masked_moments
+from ppomax.kernels.whiten_reference import moments_of_kept
 
 
 @torch.no_grad()
@@ -57,5 +58,6 @@ def experience(
         cu_seqlens=None,
         max_seqlen=None,
     )
-    advantages, returns = gae_of_rows(rewards, values, response_mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
-    return rewards, kl, advantages, returns, masked_moments(advantages, response_mask)
+    bits = bits_of(response_mask, rewards.dtype)
+    advantages, returns = gae_of_kept(rewards, values, bits, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    return rewards, kl, advantages, returns, moments_of_kept(advantages, bits)

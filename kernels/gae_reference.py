@@ -38,22 +38,30 @@ def gae(
     """See ppomax.kernels.gae."""
     if cu_seqlens is not None and max_seqlen is not None:
         index = positions(cu_seqlens, max_seqlen, len(rewards))
-        rewards, values, mask = (padded(x, index) for x in (rewards, values, response_mask))
-        results = gae_of_rows(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
-        return unpadded(results[0], index, len(response_mask)), unpadded(results[1], index, len(response_mask))
-    return gae_of_rows(rewards, values, response_mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+        rows = padded(rewards, index), padded(values, index), padded(response_mask, index)
+        results = _gae(*rows, gamma, lam, bootstrap)
+        return unpadded(results[0], index, len(rewards)), unpadded(results[1], index, len(rewards))
+    return _gae(rewards, values, response_mask, gamma, lam, bootstrap)
 
 
-def gae_of_rows(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None
+def _gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns) of rows [B, T]."""
-    rewards, values = wide(rewards), wide(values)
+    rewards = wide(rewards)
     bits = bits_of(response_mask, rewards.dtype)
-    kept_rewards = masked(rewards, bits).flip(1).double()
-    kept_values = masked(values, bits_of(response_mask, values.dtype)).flip(1).double()
+    return gae_of_kept(masked(rewards, bits), values, bits, gamma=gamma, lam=lam, bootstrap=bootstrap)
+
+
+def gae_of_kept(
+    rewards: Tensor, values: Tensor, bits: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of rows [B, T]; bits: the mask for the type of rewards, which are 0 outside it already."""
+    values = wide(values)
+    values = masked(values, bits if values.dtype == rewards.dtype else bits_of(bits != 0, values.dtype))
+    kept_rewards, kept_values = rewards.flip(1).double(), values.flip(1).double()
     slope = max(gamma * lam, MIN_SLOPE)
-    slopes = bits.flip(1).double().mul_(1.0 - slope).add_(1.0)  # bits are -1 on kept tokens
+    # Bits are -1 on kept tokens: their slope is gamma lam, that of all others 1.
+    slopes = bits.flip(1).double().mul_(1.0 - slope).add_(1.0)
     before = kept_values.new_zeros(len(values)) if bootstrap is None else bootstrap.double()
     block = BLOCK if slope > STEEP else BLOCK_WHEN_STEEP
     lambda_returns = _recursion(slopes, torch.lerp(kept_values, kept_rewards, lam), before, block)
@@ -61,7 +69,7 @@ def gae_of_rows(
     returns = kept_rewards
     returns[:, 1:].add_(lambda_returns[:, :-1], alpha=gamma)
     returns[:, 0].add_(before, alpha=gamma)
-    advantages = returns - kept_values
+    advantages = torch.sub(returns, kept_values, out=kept_values)
     return (
         masked(advantages.to(rewards.dtype).flip(1), bits),
         masked(returns.to(rewards.dtype).flip(1), bits),
@@ -69,14 +77,14 @@ def gae_of_rows(
 
 
 def _recursion(slopes: Tensor, offsets: Tensor, before: Tensor, block: int) -> Tensor:
-    """x_t = slopes_t x_{t-1} + offsets_t along the rows of [B, T], where x_{-1} is before [B]; overwrites offsets."""
+    """x_t = slopes_t x_{t-1} + offsets_t along the rows of [B, T], where x_{-1} is before [B]; overwrites both."""
     B, T = offsets.shape
     num_blocks = -(-T // block)
     missing = num_blocks * block - T
     if missing:
         slopes = torch.nn.functional.pad(slopes, (0, missing), value=1.0)
         offsets = torch.nn.functional.pad(offsets, (0, missing))
-    scale = slopes.view(B, num_blocks, block).cumprod(dim=2)
+    scale = slopes.view(B, num_blocks, block).cumprod_(dim=2)
     sums = offsets.view(B, num_blocks, block).div_(scale).cumsum_(dim=2)
     last_scale, last_sum = scale[:, :, -1].t().contiguous(), sums[:, :, -1].t().contiguous()  # [num_blocks, B]
     starts = [before]

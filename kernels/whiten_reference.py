@@ -12,10 +12,16 @@ def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     """(count, mean, m2) [3]; two passes, so that a large mean does not cancel the variance."""
     x = wide(x)
     bits = bits_of(mask, x.dtype)
-    kept = masked(x, bits).double()
-    count = mask.count_nonzero().double()
+    return moments_of_kept(masked(x, bits), bits)
+
+
+def moments_of_kept(x: Tensor, bits: Tensor) -> Tensor:
+    """(count, mean, m2) [3] of the entries where bits (of the mask) are set; the others are 0 already."""
+    kept = x.double()
+    count = bits.count_nonzero().double()
     mean = kept.sum() / count.clamp(min=1)
-    centred = kept.addcmul_(bits.double(), mean)  # bits are -1 on kept entries, and 0 where kept is 0
+    # Bits are -1 on kept entries: those become x - mean, the others stay 0.
+    centred = torch.addcmul(kept, bits.double(), mean)
     return torch.stack((count, mean, centred.square_().sum()))
 
 
