@@ -8,16 +8,17 @@ x_t = scale_t (x_before + sum over s <= t of offset_s / scale_s), where scale is
 The work is done in fp64: the tensors are small, and sums over thousands of tokens stay exact to fp32 rounding.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from ppomax.kernels.masking import bits_of, masked
+from ppomax.kernels.masking import bits_of, mask_, masked
 from ppomax.kernels.numerics import wide
 from ppomax.kernels.packed_rows import padded, positions, unpadded
 
-STEEP = 1e-4
-BLOCK, BLOCK_WHEN_STEEP = 64, 16
-"""Columns of a block, and for slopes below STEEP: slope^columns stays above 1e-256."""
+SMALLEST_SCALE = 1e-250
+"""A block is as long as the product of its slopes stays above this: 1024 tokens for slopes of 0.6 and up."""
 
 MIN_SLOPE = 1e-16
 """Smaller slopes are taken as this one: what that adds is below fp64's rounding of what it is added to."""
@@ -56,24 +57,29 @@ def gae_of_kept(
     rewards: Tensor, values: Tensor, bits: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns) of rows [B, T]; bits: the mask for the type of rewards, which are 0 outside it already."""
-    values = wide(values)
-    values = masked(values, bits if values.dtype == rewards.dtype else bits_of(bits != 0, values.dtype))
-    kept_rewards, kept_values = rewards.flip(1).double(), values.flip(1).double()
+    bits = bits.flip(1)
+    kept_rewards = rewards.flip(1).double()
+    kept_values = _flipped_and_kept(wide(values), bits)
     slope = max(gamma * lam, MIN_SLOPE)
     # Bits are -1 on kept tokens: their slope is gamma lam, that of all others 1.
-    slopes = bits.flip(1).double().mul_(1.0 - slope).add_(1.0)
+    slopes = torch.add(kept_values.new_ones(()), bits.double(), alpha=1.0 - slope)
     before = kept_values.new_zeros(len(values)) if bootstrap is None else bootstrap.double()
-    block = BLOCK if slope > STEEP else BLOCK_WHEN_STEEP
-    lambda_returns = _recursion(slopes, torch.lerp(kept_values, kept_rewards, lam), before, block)
+    offsets = torch.mul(kept_values, 1.0 - lam).add_(kept_rewards, alpha=lam)
+    longest = math.inf if slope == 1.0 else math.log(SMALLEST_SCALE) / math.log(slope)
+    lambda_returns = _recursion(slopes, offsets, before, int(min(longest, offsets.shape[1])))
 
     returns = kept_rewards
     returns[:, 1:].add_(lambda_returns[:, :-1], alpha=gamma)
     returns[:, 0].add_(before, alpha=gamma)
     advantages = torch.sub(returns, kept_values, out=kept_values)
-    return (
-        masked(advantages.to(rewards.dtype).flip(1), bits),
-        masked(returns.to(rewards.dtype).flip(1), bits),
-    )
+    return (mask_(advantages.to(rewards.dtype), bits).flip(1), mask_(returns.to(rewards.dtype), bits).flip(1))
+
+
+def _flipped_and_kept(values: Tensor, bits: Tensor) -> Tensor:
+    """float64 of values [B, T] turned around; bits: of the mask, turned around already, for float32 or float64."""
+    if values.element_size() != bits.element_size():
+        bits = bits_of(bits != 0, values.dtype)
+    return mask_(values.flip(1), bits).double()
 
 
 def _recursion(slopes: Tensor, offsets: Tensor, before: Tensor, block: int) -> Tensor:
@@ -86,8 +92,7 @@ def _recursion(slopes: Tensor, offsets: Tensor, before: Tensor, block: int) -> T
         offsets = torch.nn.functional.pad(offsets, (0, missing))
     scale = slopes.view(B, num_blocks, block).cumprod_(dim=2)
     sums = offsets.view(B, num_blocks, block).div_(scale).cumsum_(dim=2)
-    last_scale, last_sum = scale[:, :, -1].t().contiguous(), sums[:, :, -1].t().contiguous()  # [num_blocks, B]
     starts = [before]
-    for block_scale, block_sum in zip(last_scale[:-1], last_sum[:-1], strict=True):
-        starts.append(block_scale * (block_sum + starts[-1]))
+    for i in range(num_blocks - 1):
+        starts.append(scale[:, i, -1] * (sums[:, i, -1] + starts[-1]))
     return sums.add_(torch.stack(starts, dim=1)[:, :, None]).mul_(scale).view(B, num_blocks * block)[:, :T]

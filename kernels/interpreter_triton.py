@@ -8,8 +8,8 @@ What it changes, of triton 3.6 and 3.7:
  5. Loops with run-time bounds fail with triton 3.6 and numpy >= 2.4.
  6. `tl.associative_scan` and `tl.reduce` with a function of one's own take 0.2-0.5 ms an element: log2(n) steps over
     whole blocks instead, which also associate as a GPU does, not from left to right.
- 7. Every call of a function inside a kernel prepares triton.language again, which is most of the time of a small kernel:
-    once a launch is enough.
+ 7. Every call of a function inside a kernel prepares triton.language again, which is most of the time of a small
+    kernel: once a launch is enough.
 Nothing here runs in a process that compiles kernels.
 """
 

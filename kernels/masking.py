@@ -12,6 +12,12 @@ def bits_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(INTEGERS[dtype.itemsize]).neg_()
 
 
+def mask_(x: Tensor, bits: Tensor) -> Tensor:
+    """`masked` in place."""
+    x.view(bits.dtype).bitwise_and_(bits)
+    return x
+
+
 def masked(x: Tensor, bits: Tensor) -> Tensor:
     """x where bits are set and +0 elsewhere, NaN or not, of one shape; a constant for autograd."""
     return x.view(bits.dtype).bitwise_and(bits).view(x.dtype)
