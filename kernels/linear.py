@@ -4,8 +4,6 @@ Logits are fp32 whatever the dtype of hidden states and weights, and exist for o
 buffer; the gradient of a chunk's logits is written over them.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,9 @@ CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}
 rows of products outweigh. A CPU works from its caches: 256 MiB is 2097 rows of a 32,000-token vocabulary.
 """
 
+ROW_UNIT = 128
+"""Chunks start and end at multiples of this where they can: matrix products and wide loads want it."""
+
 
 def check_head(function: str, hidden: Tensor, weight: Tensor) -> None:
     """Raises ValueError unless hidden is [N, H] and weight [V/tp, H]."""
@@ -29,14 +30,15 @@ def check_head(function: str, hidden: Tensor, weight: Tensor) -> None:
 
 def rows_per_chunk(weight: Tensor) -> int:
     """Rows whose fp32 logits over the columns of weight [V/tp, H] fit CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES["cuda" if weight.is_cuda else "cpu"] // (4 * weight.shape[0]))
+    return max(1, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // (4 * weight.shape[0]))
 
 
 def row_chunks(num_rows: int, chunk_rows: int) -> list[slice]:
-    """Consecutive slices of nearly equal length, at most chunk_rows, the longest first."""
-    num_chunks = -(-num_rows // chunk_rows)
-    bounds = [num_rows - i * num_rows // num_chunks for i in range(num_chunks, -1, -1)] if num_chunks > 0 else []
-    return [slice(start, stop) for start, stop in pairwise(bounds)]
+    """Consecutive slices of at most chunk_rows rows: as few as possible, of equal length up to ROW_UNIT."""
+    unit = ROW_UNIT if chunk_rows >= ROW_UNIT else 1
+    num_chunks = -(-num_rows // (chunk_rows // unit * unit))
+    size = -(-num_rows // (max(1, num_chunks) * unit)) * unit
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(1, size))]
 
 
 def logits_buffer(hidden: Tensor, weight: Tensor, chunks: list[slice]) -> Tensor:

@@ -38,7 +38,7 @@ GRID_LIMIT = 65535
 """Of axes 1 and 2."""
 
 SPILLS_ALLOWED: dict[str, str] = {}
-MOMENTS = "moments over a batch are merged in float64: one number a row, not a token"
+MOMENTS = "moments are summed in float64, a few operations a token: a large mean must not hide the variance"
 FLOAT64_ALLOWED: dict[str, str] = {
     "experience._experience_kernel": MOMENTS,
     "whiten._moments_kernel": MOMENTS,

@@ -146,12 +146,15 @@ def test_default_chunks_fit_their_budget(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.one_version
-@given(num_rows=st.integers(0, 500), chunk_rows=st.integers(1, 200))
+@given(num_rows=st.integers(0, 2000), chunk_rows=st.integers(1, 700))
 def test_chunks_cover_the_rows_evenly(num_rows: int, chunk_rows: int) -> None:
     chunks = linear.row_chunks(num_rows, chunk_rows)
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
     sizes = [chunk.stop - chunk.start for chunk in chunks]
-    assert not sizes or (min(sizes) > 0 and max(sizes) <= min(chunk_rows, min(sizes) + 1))
+    unit = 128 if chunk_rows >= 128 else 1
+    assert all(0 < size <= chunk_rows for size in sizes)
+    assert all(size == sizes[0] and size % unit == 0 for size in sizes[:-1])
+    assert len(sizes) <= -(-num_rows // (chunk_rows // unit * unit))
 
 
 @pytest.mark.parametrize("N", [1, 5])
