@@ -13,6 +13,7 @@ from torch.library import custom_op
 
 from ppomax.kernels.dispatch import implementation
 from ppomax.kernels.numerics import rows_of
+from ppomax.kernels.sampling_reference import BANNED, SEEN
 from ppomax.kernels.shards import group_name, group_of, group_size
 
 
@@ -64,6 +65,7 @@ def sample_with_margins(
     seen: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
+    banned: Tensor | None = None,
     tp_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> Draw:
@@ -76,6 +78,7 @@ def sample_with_margins(
     top_k: keep the k likeliest tokens, lower ids first among equals; 0 keeps all.
     repetition_penalty: logits of seen tokens are multiplied by it where negative, else divided by it; 1 leaves them.
     seen [R, vocab] bool: tokens to penalise, over the whole vocabulary; None: none.
+    banned [R, vocab] bool: tokens that are not drawn; they count in the T = 1 distribution all the same. None: none.
     seeds, positions [R] int64: key of the noise, with the token id; a request keeps its seed and counts its positions.
     vocab_size: ids >= vocab_size are padding and never drawn. Unset: there are none.
     Returns tokens [R] int64; logprobs [R] float32, nats, of the unmodified T = 1 distribution; margins [R] float32, by
@@ -103,14 +106,16 @@ def sample_with_margins(
     num_tokens = columns if vocab_size is None else min(vocab_size, columns)
     if num_tokens < 1:
         raise ValueError(f"sample: {num_tokens} tokens to draw from; the vocabulary needs at least one")
-    if seen is not None and (seen.shape[0] != logits.shape[0] or seen.shape[1] < num_tokens):
-        raise ValueError(
-            f"sample: seen {tuple(seen.shape)} must cover {(logits.shape[0], num_tokens)}, all requests and token ids"
-        )
+    for name, flags in (("seen", seen), ("banned", banned)):
+        if flags is not None and (flags.shape[0] != logits.shape[0] or flags.shape[1] < num_tokens):
+            raise ValueError(
+                f"sample: {name} {tuple(flags.shape)} must cover {(logits.shape[0], num_tokens)}, "
+                "all requests and token ids"
+            )
     return Draw(
         *_sample(
             rows_of(logits.detach()),
-            None if seen is None or repetition_penalty == 1 else rows_of(seen),
+            _marks(None if repetition_penalty == 1 else seen, banned, num_tokens),
             seeds.contiguous(),
             positions.contiguous(),
             temperature,
@@ -123,10 +128,18 @@ def sample_with_margins(
     )
 
 
+def _marks(seen: Tensor | None, banned: Tensor | None, num_tokens: int) -> Tensor | None:
+    """[R, vocab] uint8: SEEN of a token that is penalised plus BANNED of one that is not drawn; None where none is."""
+    if banned is None:
+        return None if seen is None else rows_of(seen).view(torch.uint8)
+    marks = banned[:, :num_tokens].to(torch.uint8) * BANNED
+    return marks if seen is None else marks + seen[:, :num_tokens].to(torch.uint8) * SEEN
+
+
 @custom_op("ppomax::sample", mutates_args=())
 def _sample(
     logits: Tensor,
-    seen: Tensor | None,
+    marks: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
     temperature: float,
@@ -136,13 +149,13 @@ def _sample(
     vocab_size: int,
     tp_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation("sampling", logits, seeds, positions, seen).sample(
+    return implementation("sampling", logits, seeds, positions, marks).sample(
         logits,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         repetition_penalty=repetition_penalty,
-        seen=seen,
+        marks=marks,
         seeds=seeds,
         positions=positions,
         vocab_size=vocab_size,
@@ -153,7 +166,7 @@ def _sample(
 @_sample.register_fake
 def _(
     logits: Tensor,
-    seen: Tensor | None,
+    marks: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
     temperature: float,

@@ -17,6 +17,9 @@ from torch.nn.functional import pad
 from ppomax.kernels.philox import token_uniforms
 from ppomax.kernels.shards import first_column, gather_shards, sum_shards
 
+SEEN, BANNED = 1, 2
+"""Marks of a token: it is penalised; it is not drawn."""
+
 FRACTION_BITS = 26
 """Scores that differ by less than 2^-26 may count as equal in the filters."""
 
@@ -47,7 +50,7 @@ def sample(
     top_p: float,
     top_k: int,
     repetition_penalty: float,
-    seen: Tensor | None,
+    marks: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
     vocab_size: int,
@@ -59,16 +62,18 @@ def sample(
     ids = torch.arange(first, first + columns, device=logits.device)
     logits = torch.where(ids < vocab_size, logits.float(), -torch.inf)
     scores = logits
-    if seen is not None:
+    is_banned = None
+    if marks is not None:
         # As tensors, since torch multiplies by the reciprocal when it divides by a number on a GPU.
         penalty = logits.new_full((), repetition_penalty)
         penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-        is_seen = seen[:, first : first + columns]
-        is_seen = pad(is_seen, (0, columns - is_seen.shape[1]))
-        scores = torch.where(is_seen, penalised, scores)
+        marks = marks[:, first : first + columns]
+        marks = pad(marks, (0, columns - marks.shape[1]))
+        scores = torch.where((marks & SEEN) != 0, penalised, scores)
+        is_banned = (marks & BANNED) != 0
     if temperature > 0:
         scores = scores / logits.new_full((), temperature)
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    scores = torch.where(scores.isnan() if is_banned is None else scores.isnan() | is_banned, -torch.inf, scores)
     noisy = scores.double()
     if temperature > 0:
         scores = filtered(scores, top_k=top_k, top_p=top_p, tp_group=tp_group)

@@ -30,6 +30,8 @@ WHOLE_MASS, MASS_SHIFT = tl.constexpr(1 << reference.MASS_BITS), tl.constexpr(re
 E0, E1, E2, E3, E4, E5 = (tl.constexpr(x) for x in reference.EXP2_COEFFICIENTS)
 TOP_P_BITS, TOP_P_MASK = tl.constexpr(reference.TOP_P_BITS), tl.constexpr(2**reference.TOP_P_BITS - 1)
 
+MARK_SEEN, MARK_BANNED = tl.constexpr(reference.SEEN), tl.constexpr(reference.BANNED)
+
 BANNED = tl.constexpr(-(2**62))
 """Below every score with noise: a token that a row draws only if it has no other."""
 
@@ -40,17 +42,18 @@ RECORD, INTEGERS = tl.constexpr(6), tl.constexpr(3)
 
 
 @triton.jit
-def _scores(X, SEEN, column, columns, first, vocab_size, temperature, penalty, HAS_SEEN: tl.constexpr):
+def _scores(X, MARKS, column, columns, first, vocab_size, temperature, penalty, HAS_MARKS: tl.constexpr):
     """(logits, scores) of these columns of a row as float32, -inf where there is no token; a NaN has the score -inf."""
     is_token = (column >= 0) & (column < columns) & (first + column < vocab_size)
     # Masked by the tensor's width, which divides well, and not by the vocabulary's: the loads stay wide.
     x = tl.load(X + column, mask=(column >= 0) & (column < columns), other=float("-inf")).to(tl.float32)
     x = tl.where(is_token, x, float("-inf"))
     score = x
-    if HAS_SEEN:
-        seen = tl.load(SEEN + first + column, mask=is_token, other=0) != 0
+    if HAS_MARKS:
+        mark = tl.load(MARKS + first + column, mask=is_token, other=0).to(tl.int32)
         factor = tl.zeros_like(x) + penalty
-        score = tl.where(seen, tl.where(x < 0, x * factor, tl.div_rn(x, factor)), x)
+        score = tl.where(mark & MARK_SEEN != 0, tl.where(x < 0, x * factor, tl.div_rn(x, factor)), x)
+        score = tl.where(mark & MARK_BANNED != 0, float("-inf"), score)
     score = tl.div_rn(score, tl.zeros_like(score) + temperature)
     return x, tl.where(score == score, score, float("-inf")), is_token
 
@@ -120,8 +123,8 @@ def _unsorted(key):
 def _largest_kernel(
     X,
     stride_x,
-    SEEN,
-    stride_seen,
+    MARKS,
+    stride_marks,
     columns,
     first,
     skew,
@@ -129,20 +132,20 @@ def _largest_kernel(
     temperature,
     penalty,
     LARGEST,
-    HAS_SEEN: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The largest score of every chunk, [R, chunks]."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     X += row * stride_x
-    if HAS_SEEN:
-        SEEN += row * stride_seen
+    if HAS_MARKS:
+        MARKS += row * stride_marks
     begin = chunk * CHUNK - skew
     largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(begin, tl.minimum(begin + CHUNK, columns), BLOCK):
         column = start + tl.arange(0, BLOCK)
-        _, score, _ = _scores(X, SEEN, column, columns, first, vocab_size, temperature, penalty, HAS_SEEN)
+        _, score, _ = _scores(X, MARKS, column, columns, first, vocab_size, temperature, penalty, HAS_MARKS)
         largest = tl.maximum(largest, score)
     tl.store(LARGEST + row * tl.num_programs(1) + chunk, tl.max(largest, axis=0))
 
@@ -151,8 +154,8 @@ def _largest_kernel(
 def _bins_kernel(
     X,
     stride_x,
-    SEEN,
-    stride_seen,
+    MARKS,
+    stride_marks,
     columns,
     first,
     skew,
@@ -166,7 +169,7 @@ def _bins_kernel(
     shift,
     MASSES: tl.constexpr,
     LIMITED: tl.constexpr,
-    HAS_SEEN: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -176,8 +179,8 @@ def _bins_kernel(
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     X += row * stride_x
-    if HAS_SEEN:
-        SEEN += row * stride_seen
+    if HAS_MARKS:
+        MARKS += row * stride_marks
     largest, last = tl.load(LARGEST + row), tl.load(SEARCH + row * 3)
     # What comes above the digit must agree; in the first pass nothing does, as distances have 32 bits.
     closest = (last >> (shift + DIGIT_BITS)) << (shift + DIGIT_BITS)
@@ -189,7 +192,7 @@ def _bins_kernel(
     sums = tl.zeros((BINS,), tl.int64)
     for start in range(begin, tl.minimum(begin + CHUNK, columns), BLOCK):
         column = start + tl.arange(0, BLOCK)
-        _, score, is_token = _scores(X, SEEN, column, columns, first, vocab_size, temperature, penalty, HAS_SEEN)
+        _, score, is_token = _scores(X, MARKS, column, columns, first, vocab_size, temperature, penalty, HAS_MARKS)
         distance = _distance(score, largest)
         is_open = is_token & (distance >= closest) & (distance <= farthest)
         if tl.max(is_open.to(tl.int32), axis=0) > 0:
@@ -259,8 +262,8 @@ def _narrow_kernel(
 def _draw_kernel(
     X,
     stride_x,
-    SEEN,
-    stride_seen,
+    MARKS,
+    stride_marks,
     columns,
     first,
     skew,
@@ -277,7 +280,7 @@ def _draw_kernel(
     rank,
     GREEDY: tl.constexpr,
     FILTERED: tl.constexpr,
-    HAS_SEEN: tl.constexpr,
+    HAS_MARKS: tl.constexpr,
     EQUALS_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -288,8 +291,8 @@ def _draw_kernel(
     """
     row, chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     X += row * stride_x
-    if HAS_SEEN:
-        SEEN += row * stride_seen
+    if HAS_MARKS:
+        MARKS += row * stride_marks
     begin = chunk * CHUNK - skew
     end = tl.minimum(begin + CHUNK, columns)
 
@@ -297,7 +300,7 @@ def _draw_kernel(
     score_top = top
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x, score, _ = _scores(X, SEEN, column, columns, first, vocab_size, temperature, penalty, HAS_SEEN)
+        x, score, _ = _scores(X, MARKS, column, columns, first, vocab_size, temperature, penalty, HAS_MARKS)
         top = tl.maximum(top, tl.where(x == x, x, float("-inf")))
         score_top = tl.maximum(score_top, score)
     top, score_top = tl.max(top, axis=0), tl.max(score_top, axis=0)
@@ -319,7 +322,7 @@ def _draw_kernel(
     token = tl.zeros((BLOCK,), tl.int32)
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x, score, is_token = _scores(X, SEEN, column, columns, first, vocab_size, temperature, penalty, HAS_SEEN)
+        x, score, is_token = _scores(X, MARKS, column, columns, first, vocab_size, temperature, penalty, HAS_MARKS)
         total += tl.exp(x - shift)
         if GREEDY:
             value = tl.where(is_token, _sortable(score), NO_TOKEN)
@@ -351,7 +354,7 @@ def _draw_kernel(
     winner = tl.max(best, axis=0)
     column = tl.min(tl.where(best == winner, token, 0x7FFFFFFF), axis=0)
     rival = tl.max(tl.where((best == winner) & (token == column), second, best), axis=0)
-    logit, score, _ = _scores(X, SEEN, column, columns, first, vocab_size, temperature, penalty, HAS_SEEN)
+    logit, score, _ = _scores(X, MARKS, column, columns, first, vocab_size, temperature, penalty, HAS_MARKS)
     record = (row * chunks + chunk) * RECORD
     tl.store(REPORT + record, winner)
     tl.store(REPORT + record + 1, rival)
@@ -423,13 +426,13 @@ def sample(
     top_p: float,
     top_k: int,
     repetition_penalty: float,
-    seen: Tensor | None,
+    marks: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
     vocab_size: int,
     tp_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See sampling_reference.sample; the entries of a row of logits, and of seen, are neighbours in memory."""
+    """See sampling_reference.sample; the entries of a row of logits, and of marks, are neighbours in memory."""
     R, columns = logits.shape
     tokens = torch.empty(R, dtype=torch.int64, device=logits.device)
     logprobs, margins, sampling_logprobs = (torch.empty(R, device=logits.device) for _ in range(3))
@@ -443,8 +446,8 @@ def sample(
         (
             logits,
             logits.stride(0),
-            seen,
-            0 if seen is None else seen.stride(0),
+            marks,
+            0 if marks is None else marks.stride(0),
             columns,
             first,
             skew,
@@ -453,7 +456,7 @@ def sample(
             repetition_penalty,
         ),
         (R, chunks),
-        {"HAS_SEEN": seen is not None, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS},
+        {"HAS_MARKS": marks is not None, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS},
     )
     largest = kept = equals = None
     filtered = not greedy and (top_k > 0 or top_p < 1)

@@ -445,3 +445,21 @@ def test_operator_keeps_the_rules_of_custom_operators() -> None:
     logits, seen = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 6, dtype=torch.bool)
     keys = (torch.arange(2), torch.arange(2))
     torch.library.opcheck(torch.ops.ppomax.sample.default, (logits, seen, *keys, 0.8, 1.0, 0, 1.1, 6, None))
+
+
+@pytest.mark.parametrize("with_seen", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_banned_tokens_are_never_drawn_but_count_in_the_logprobs(temperature: float, with_seen: bool) -> None:
+    R, V = 40, 11
+    logits = torch.randn(R, V, generator=torch.Generator().manual_seed(0))
+    banned = torch.zeros(R, V, dtype=torch.bool)
+    banned[:, 3], banned[::2, logits.argmax(dim=1)[0]] = True, True
+    seen = torch.rand(R, V, generator=torch.Generator().manual_seed(1)) < 0.4 if with_seen else None
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.3}
+    keys = {"seeds": torch.arange(R), "positions": torch.arange(R) * 7}
+    got = sample_with_margins(logits, seen=seen, banned=banned, **settings, **keys)
+    assert not banned.gather(1, got.tokens[:, None]).any()
+    wanted = sample_with_margins(logits.masked_fill(banned, -torch.inf), seen=seen, **settings, **keys)
+    assert got.tokens.equal(wanted.tokens)
+    torch.testing.assert_close(got.sampling_logprobs, wanted.sampling_logprobs)
+    torch.testing.assert_close(got.logprobs, logits.log_softmax(1).gather(1, got.tokens[:, None])[:, 0])
