@@ -1,11 +1,10 @@
 """Hugging Face folders to and from models that are split over ranks: `load_weights` and `save_hf`.
 
 No rank ever holds a whole model. Loading reads the rows and columns that a rank owns; exporting gathers one parameter
-at a time and writes one file at a time. `hf_config.py` has config.json, `hf_names.py` the names and layouts,
-`hf_reader.py` the sources of weights, `hf_writer.py` the folder that is written.
+at a time (`hf_export.py`) and writes one file at a time. `hf_config.py` has config.json, `hf_names.py` the names and
+layouts, `hf_reader.py` the sources of weights, `hf_writer.py` the folder that is written.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ppomax.engine.data.tokenizer import Tokenizer
 from ppomax.engine.errors import CheckpointError
+from ppomax.engine.models.hf_export import export_weights, global_name
 from ppomax.engine.models.hf_names import (
     PADDING,
     RELEASED_SCALAR_HEAD,
@@ -22,8 +22,6 @@ from ppomax.engine.models.hf_names import (
     Recipe,
     local_columns,
     local_rows,
-    merge_shares,
-    parameter_names,
     recipe_of,
     weight_sizes,
 )
@@ -55,7 +53,7 @@ def load_weights(
     names = _check(model, reader, source, head)
     tp, tp_rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
     for name, parameter in model.named_parameters():
-        recipe = recipe_of(_global_name(model, name), model.shape, tp)
+        recipe = recipe_of(global_name(model, name), model.shape, tp)
         if recipe.sources == (SCALAR_HEAD,) and head == "fresh":
             parameter.copy_(fresh_scalar_head(model.shape.hidden_size, seed=seed))
         else:
@@ -101,14 +99,6 @@ def _check(model: PackedModel, reader: WeightReader, source: str, head: str) -> 
 def _is_ignorable(name: str) -> bool:
     """Heads that this model does not use, and the rotary buffers that old releases of transformers stored."""
     return name in (VOCABULARY_HEAD, SCALAR_HEAD, RELEASED_SCALAR_HEAD) or name.endswith("rotary_emb.inv_freq")
-
-
-def _global_name(model: PackedModel, name: str) -> str:
-    """A parameter's name with its layer counted over all pipeline stages."""
-    if not name.startswith("decoder.layers."):
-        return name
-    number, rest = name.removeprefix("decoder.layers.").split(".", 1)
-    return f"decoder.layers.{model.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
 
 def fill_share(
@@ -160,7 +150,7 @@ def save_hf(
         with raise_on_all(CheckpointError, fault):
             if writer:
                 writer.begin()
-        for name, tensor in _stream(model, shape, groups, dtype):
+        for name, tensor in export_weights(model, shape, groups, dtype, everywhere=False):
             if writer:
                 writer.add(name, tensor)
         with raise_on_all(CheckpointError, fault):
@@ -169,52 +159,3 @@ def save_hf(
     finally:
         if writer:
             writer.discard()
-
-
-def _stream(
-    model: PackedModel, shape: ModelShape, groups: RoleGroups, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Gives rank 0 the Hugging Face tensors of the model, one parameter at a time.
-
-    Every rank of the first replica must iterate to the end; ranks other than 0 get nothing.
-    """
-    if groups.dp_rank != 0:
-        return
-    parameters = {_global_name(model, name): parameter.detach() for name, parameter in model.named_parameters()}
-    device = next(iter(parameters.values())).device
-    sizes = weight_sizes(shape)
-    for name in parameter_names(shape):
-        recipe, stage = recipe_of(name, shape, groups.layout.tp), _stage_of(name, shape, groups.layout.pp)
-        tensors: dict[str, Tensor] = {}
-        if groups.pp_rank == stage:
-            if name == "output_layer.weight" and shape.scalar and not model.shape.scalar:
-                name = "scalar_head.weight"
-            shares = _gather_shares(parameters[name].to(dtype), recipe, groups)
-            if groups.tp_rank == 0:
-                tensors = merge_shares(recipe, shares)
-        if groups.tp_rank == 0 and stage != 0:
-            for source in recipe.sources:
-                if groups.pp_rank == stage:
-                    dist.send(tensors[source], group=groups.megatron.pp, group_dst=0)
-                elif groups.pp_rank == 0:
-                    tensors[source] = torch.empty(sizes[source], dtype=dtype, device=device)
-                    dist.recv(tensors[source], group=groups.megatron.pp, group_src=stage)
-        if groups.pp_rank == 0:
-            yield from tensors.items()
-
-
-def _stage_of(name: str, shape: ModelShape, pp: int) -> int:
-    """The pipeline stage that holds a parameter (the first one of tied embeddings)."""
-    if name.startswith("decoder.layers."):
-        return int(name.split(".")[2]) * pp // shape.num_layers
-    return 0 if name.startswith("embedding.") else pp - 1
-
-
-def _gather_shares(share: Tensor, recipe: Recipe, groups: RoleGroups) -> list[Tensor]:
-    """All shares of a parameter on tensor-parallel rank 0 of its stage; every rank of the tp group must call it."""
-    if recipe.split == "none" or groups.layout.tp == 1:
-        return [share]
-    share = share.contiguous()
-    shares = [torch.empty_like(share) for _ in range(groups.layout.tp)] if groups.tp_rank == 0 else None
-    dist.gather(share, shares, group=groups.megatron.tp, group_dst=0)
-    return shares or []

@@ -20,6 +20,7 @@ from ppomax.engine.errors import CheckpointError, PeerFailedError
 from ppomax.engine.models import hf_writer
 from ppomax.engine.models.hf_checkpoint import load_weights, save_hf
 from ppomax.engine.models.hf_config import config_json, read_shape
+from ppomax.engine.models.hf_export import export_weights
 from ppomax.engine.models.hf_names import weight_sizes
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
 from ppomax.engine.models.shape import ModelShape
@@ -97,6 +98,8 @@ def check_folder(folder: Path, groups: dict[str, RoleGroups]) -> None:
         save_hf(model, shape, role_groups, str(target), dtype=torch.float32, max_file_bytes=100_000)
         if dist.get_rank() == 0:
             assert_same(contents(target), contents(folder), f"{folder.name} {name}")
+        streamed = dict(export_weights(model, shape, role_groups, torch.float32, everywhere=True))
+        assert_same(streamed, contents(folder), f"{folder.name} {name}, on every rank")
 
 
 def check_random_weights(root: Path, groups: dict[str, RoleGroups]) -> None:
