@@ -11,8 +11,9 @@ MODELS_READ: dict[str, tuple[str, ...]] = {
     "critic": ("policy", "reward", "critic", "reference"),
     "ppo": ("policy", "reward", "critic", "reference"),
     "evaluate": ("policy", "reward", "reference"),
+    "generate": ("policy",),
 }
-"""The folders of [model] that a stage reads."""
+"""The folders of [model] that a stage reads, and those of `generate` and `chat`."""
 
 MODELS_NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("critic", "ppo", "evaluate"), ("policy", "reward"))
 """Those without which it cannot run; the others have a default."""
@@ -21,7 +22,7 @@ MODELS_NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("critic", "ppo", "eva
 def impossible_combinations(config: RunConfig, command: str) -> list[str]:
     """One text per fault: what does not go together, or is missing, in this stage."""
     data, model, ppo, sampling, train = config.data, config.model, config.ppo, config.sampling, config.train
-    samples = command in ("critic", "ppo", "evaluate")
+    samples = command in ("critic", "ppo", "evaluate", "generate")
     evaluates = command == "evaluate" or (command != "critic" and config.monitor.eval_every > 0)
     has_reference = command == "ppo" or (command == "critic" and model.reference not in ("", model.policy))
     epochs = {"sft": config.sft.epochs, "reward": config.reward.epochs}.get(command, 0.0)
@@ -34,7 +35,7 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
             not (model.tokenizer or model.policy or model.reward or model.critic)
         ),
         f"data.train is empty: {command} has nothing to learn from; set data.train to a file or a list of files": (
-            command != "evaluate" and not data.train
+            command not in ("evaluate", "generate") and not data.train
         ),
         "data.eval is empty, but held-out rows are to be evaluated; set data.eval (or monitor.eval_every = 0)": (
             evaluates and not data.eval

@@ -120,12 +120,21 @@ def load_prompts(
         )
 
     def build(turns: Turns, rejected: Turns | None, source: int, line: int) -> PromptRow:
-        prompt = turns[:-1] if len(turns) > 1 and turns[-1].role == "assistant" else turns
-        check_turns(prompt, last="human")
-        kept = _fit(prompt, lambda turns: len(template.encode_prompt(turns)), max_prompt_tokens)
-        return PromptRow(tuple(template.encode_prompt(kept)), kept, source, line)
+        tokens, kept = fit_prompt(turns, template, max_prompt_tokens=max_prompt_tokens)
+        return PromptRow(tokens, kept, source, line)
 
     return _load(data, sources, ("hh", "pairs", "prompts", "dialogues", "sft"), build)
+
+
+def fit_prompt(turns: Turns, template: Template, *, max_prompt_tokens: int) -> tuple[tuple[int, ...], Turns]:
+    """Prompt ids of at most max_prompt_tokens, and the turns that they spell; an answer at the end is left off.
+
+    Raises DataError where the turns are no prompt, or too long with one turn left.
+    """
+    prompt = turns[:-1] if len(turns) > 1 and turns[-1].role == "assistant" else turns
+    check_turns(prompt, last="human")
+    kept = _fit(prompt, lambda turns: len(template.encode_prompt(turns)), max_prompt_tokens)
+    return tuple(template.encode_prompt(kept)), kept
 
 
 def load_pairs(data: DataConfig, sources: Sequence[DataSource], template: Template) -> Dataset[PairRow]:
