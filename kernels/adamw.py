@@ -93,7 +93,7 @@ def _step(
     step: int,
     zero_grads: bool,
 ) -> None:
-    implementation("adamw", *params, *grads).adamw_step(
+    implementation("adamw", *params, *grads, grad_scale, is_finite).adamw_step(
         params,
         grads,
         exp_avg,

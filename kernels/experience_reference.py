@@ -58,6 +58,6 @@ def experience(
         cu_seqlens=None,
         max_seqlen=None,
     )
-    bits = bits_of(response_mask, rewards.dtype)
+    bits = bits_of(response_mask.contiguous(), rewards.dtype)
     advantages, returns = gae_of_kept(rewards, values, bits, gamma=gamma, lam=lam, bootstrap=bootstrap)
     return rewards, kl, advantages, returns, moments_of_kept(advantages, bits)

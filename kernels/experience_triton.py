@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppomax.kernels.gae_triton import at_last, block_advantages, next_kept, next_value
+from ppomax.kernels.gae_triton import at_last, block_advantages, decay_of, next_kept, next_value
 from ppomax.kernels.numerics_triton import accumulation_type
 from ppomax.kernels.token_rewards_triton import (
     NOWHERE,
@@ -55,8 +55,8 @@ def _experience_kernel(
     B,
     T,
     kl_coef,
-    gamma,
-    lam,
+    one_minus_gamma,
+    decay,
     ESTIMATOR: tl.constexpr,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
@@ -97,7 +97,7 @@ def _experience_kernel(
         is_last = kept & (following == NOWHERE)
         rewards = token_reward(kl, STEP_REWARDS, t, inside, kept, is_last, score, kl_coef, BLOCK, ACC)
         next_values = next_value(VALUES, following, bootstrap, BLOCK)
-        advantages = block_advantages(rewards, values, next_values, kept, gamma, lam, later)
+        advantages = block_advantages(rewards, values, next_values, kept, one_minus_gamma, decay, later)
         store_falling(REWARDS, t, rewards, inside, BLOCK)
         store_falling(KL, t, kl, inside, BLOCK)
         store_falling(ADVANTAGES, t, tl.where(kept, advantages, 0.0), inside, BLOCK)
@@ -146,8 +146,8 @@ def experience(
         num_rows,
         response_mask.shape[-1],
         kl_coef,
-        gamma,
-        lam,
+        1 - gamma,
+        decay_of(gamma * lam),
         ESTIMATOR=kl_estimator,
         BLOCK=block,
         ACC=accumulation_type(logprobs),

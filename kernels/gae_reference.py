@@ -48,8 +48,8 @@ def gae(
 def _gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    rewards = wide(rewards)
-    bits = bits_of(response_mask, rewards.dtype)
+    rewards = wide(rewards).contiguous()
+    bits = bits_of(response_mask.contiguous(), rewards.dtype)
     return gae_of_kept(masked(rewards, bits), values, bits, gamma=gamma, lam=lam, bootstrap=bootstrap)
 
 
@@ -59,7 +59,7 @@ def gae_of_kept(
     """(advantages, returns) of rows [B, T]; bits: the mask for the type of rewards, which are 0 outside it already."""
     bits = bits.flip(1)
     kept_rewards = rewards.flip(1).double()
-    kept_values = _flipped_and_kept(wide(values), bits)
+    kept_values = _flipped_and_kept(wide(values).contiguous(), bits)
     slope = max(gamma * lam, MIN_SLOPE)
     # Bits are -1 on kept tokens: their slope is gamma lam, that of all others 1.
     slopes = torch.add(kept_values.new_ones(()), bits.double(), alpha=1.0 - slope)

@@ -4,6 +4,8 @@ Blocks are turned around after they are loaded, so that scans run forward. Carri
 advantage of the nearest kept token and where that token is.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,12 +33,6 @@ def _nearest(later, t):
 
 
 @triton.jit
-def _affine(slope, offset, next_slope, next_offset):
-    """First x -> slope x + offset, then the next."""
-    return slope * next_slope, next_slope * offset + next_offset
-
-
-@triton.jit
 def next_kept(MASK, t, position, end, nearest, BLOCK: tl.constexpr):
     """[BLOCK]: the kept token after each of the falling positions of a row, NOWHERE if there is none.
 
@@ -57,16 +53,23 @@ def next_value(VALUES, following, bootstrap, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def block_advantages(rewards, values, next_values, kept, gamma, lam, later):
+def _joined(decay, offset, next_decay, next_offset):
+    """First x -> 2^decay x + offset, then the next."""
+    return decay + next_decay, tl.exp2(next_decay) * offset + next_offset
+
+
+@triton.jit
+def block_advantages(rewards, values, next_values, kept, one_minus_gamma, decay, later):
     """A = delta + gamma lam A_next of a block; later: the advantage of the first kept token after the block.
 
-    Where a token is not kept, A of the kept token after it.
+    Where a token is not kept, A of the kept token after it. decay: log2(gamma lam). It and 1 - gamma keep in float32
+    what gamma near 1 would lose, which a long row multiplies.
     """
     # In this order rounding stays relative to the change of the value, however large the value.
-    delta = (rewards + (gamma * next_values - values)).to(values.dtype)
-    slope = tl.where(kept, tl.full((), gamma * lam, values.dtype), 1.0)
-    slope, offset = tl.associative_scan((slope, tl.where(kept, delta, 0.0)), 0, _affine)
-    return offset + slope * later
+    delta = (rewards + ((next_values - values) - one_minus_gamma * next_values)).to(values.dtype)
+    decays = tl.where(kept, tl.full((), decay, values.dtype), 0.0)
+    decays, offset = tl.associative_scan((decays, tl.where(kept, delta, 0.0)), 0, _joined)
+    return offset + tl.exp2(decays) * later
 
 
 @triton.jit
@@ -90,8 +93,8 @@ def _gae_kernel(
     stride_out,
     B,
     T,
-    gamma,
-    lam,
+    one_minus_gamma,
+    decay,
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -117,11 +120,16 @@ def _gae_kernel(
         rewards = load_falling(REWARDS, t, t < length, BLOCK, ACC)
         following = next_kept(MASK, t, position, end, nearest, BLOCK)
         next_values = next_value(VALUES, following, bootstrap, BLOCK)
-        advantages = block_advantages(rewards, values, next_values, kept, gamma, lam, later)
+        advantages = block_advantages(rewards, values, next_values, kept, one_minus_gamma, decay, later)
         store_falling(ADVANTAGES, t, tl.where(kept, advantages, 0.0), t < length, BLOCK)
         store_falling(RETURNS, t, tl.where(kept, advantages + values, 0.0), t < length, BLOCK)
         later = at_last(advantages, BLOCK)
         nearest = tl.minimum(nearest, tl.min(tl.where(kept, position, NOWHERE), axis=0))
+
+
+def decay_of(slope: float) -> float:
+    """log2 of gamma lam, finite for 0: the powers that a kernel forms of it are 0 all the same."""
+    return math.log2(slope) if slope > 0 else -1e4
 
 
 def gae(
@@ -148,8 +156,8 @@ def gae(
         *(advantages, *with_stride(returns)),
         num_rows,
         response_mask.shape[-1],
-        gamma,
-        lam,
+        1 - gamma,
+        decay_of(gamma * lam),
         BLOCK=block,
         ACC=accumulation_type(rewards),
         num_warps=row_warps(block),

@@ -21,16 +21,28 @@ ROW_UNIT = 128
 
 
 def check_head(function: str, hidden: Tensor, weight: Tensor) -> None:
-    """Raises ValueError unless hidden is [N, H] and weight [V/tp, H]."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    """Raises ValueError unless hidden is [N, H], weight [V/tp, H], neither V nor H 0, and both float64 or neither."""
+    is_matrix = hidden.dim() == 2 and weight.dim() == 2 and weight.numel() > 0
+    if not is_matrix or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"{function}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}; expected [N, H] and [V/tp, H]"
+        )
+    if wide_dtype(hidden) != wide_dtype(weight):
+        raise ValueError(
+            f"{function}: hidden is {hidden.dtype} and weight {weight.dtype}; float64 goes with float64 only"
         )
 
 
 def rows_per_chunk(weight: Tensor) -> int:
     """Rows whose fp32 logits over the columns of weight [V/tp, H] fit CHUNK_BYTES."""
     return max(1, CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"] // (4 * weight.shape[0]))
+
+
+def chunk_size(function: str, chunk_rows: int | None, weight: Tensor) -> int:
+    """The rows that a caller asked for, or as many as fit CHUNK_BYTES; raises ValueError below 1."""
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{function}: chunk_rows {chunk_rows} must be at least 1")
+    return chunk_rows or rows_per_chunk(weight)
 
 
 def row_chunks(num_rows: int, chunk_rows: int) -> list[slice]:
@@ -68,7 +80,10 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b, out=out)
     if out.is_cuda and a.dtype == b.dtype:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return out.copy_(wide(a) @ wide(b))
+    # With `out`, unlike an operator, a product keeps its type under autocast.
+    result = out if out.dtype == wide_dtype(a) else torch.empty(out.shape, dtype=wide_dtype(a), device=out.device)
+    torch.mm(wide(a), wide(b), out=result)
+    return out if result is out else out.copy_(result)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -77,4 +92,6 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return out.addmm_(a, b)
     if out.is_cuda and a.dtype == b.dtype:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return out.add_(wide(a) @ wide(b))
+    if out.dtype == wide_dtype(a):
+        return out.addmm_(wide(a), wide(b))
+    return out.add_(product_into(torch.empty(out.shape, dtype=wide_dtype(a), device=out.device), a, b))

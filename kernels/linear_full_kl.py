@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
 from ppomax.kernels.dispatch import implementation
-from ppomax.kernels.linear import check_head, logits_buffer, operand, product_into, row_chunks, rows_per_chunk
+from ppomax.kernels.linear import check_head, chunk_size, logits_buffer, operand, product_into, row_chunks
 from ppomax.kernels.numerics import keep, wide_dtype
 from ppomax.kernels.shards import (
     first_column,
@@ -50,7 +50,12 @@ def linear_full_kl(
         )
     if rows_mask is None:
         rows_mask = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-    chunk = chunk_rows or rows_per_chunk(weight)
+    if rows_mask.shape != hidden.shape[:1] or rows_mask.dtype != torch.bool:
+        raise ValueError(
+            f"linear_full_kl: rows_mask {tuple(rows_mask.shape)} {rows_mask.dtype}; "
+            f"expected {tuple(hidden.shape[:1])} bool"
+        )
+    chunk = chunk_size("linear_full_kl", chunk_rows, weight)
     both = (hidden.contiguous(), weight, ref_hidden.contiguous(), ref_weight)
     return _full_kl(*both, rows_mask, group_name(tp_group), vocab_size, chunk)
 

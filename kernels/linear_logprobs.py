@@ -16,13 +16,13 @@ from ppomax.kernels.dispatch import implementation
 from ppomax.kernels.linear import (
     add_product,
     check_head,
+    chunk_size,
     gradient_view,
     kept_rows,
     logits_buffer,
     operand,
     product_into,
     row_chunks,
-    rows_per_chunk,
 )
 from ppomax.kernels.logprobs import check_rows
 from ppomax.kernels.numerics import wide_dtype
@@ -58,11 +58,11 @@ def linear_logprobs(
     sum over tp_group (one all-reduce a chunk), that of weight is this rank's; the gradient of the logits is rounded to
     the dtype of hidden before it meets either.
     Every rank of tp_group must call it and its backward. The equations are in logprobs_reference.py.
-    Raises ValueError on shapes that do not fit and on a temperature that is not positive.
+    Raises ValueError on shapes that do not fit and on a temperature below logprobs.MIN_TEMPERATURE.
     """
     check_rows("linear_logprobs", hidden, labels, temperature)
     check_head("linear_logprobs", hidden, weight)
-    chunk = chunk_rows or rows_per_chunk(weight)
+    chunk = chunk_size("linear_logprobs", chunk_rows, weight)
     arguments = (hidden.contiguous(), weight, labels.contiguous(), temperature, group_name(tp_group), vocab_size, chunk)
     return _forward(*arguments)[:2]
 
@@ -163,7 +163,7 @@ def _(
     weight_needed: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden), torch.empty_like(weight) if weight_needed else weight.new_empty(0)
+    return torch.empty_like(hidden), weight.new_empty(weight.shape if weight_needed else 0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -17,16 +17,16 @@ from ppomax.kernels.dispatch import implementation
 from ppomax.kernels.linear import (
     add_product,
     check_head,
+    chunk_size,
     gradient_view,
     kept_rows,
     logits_buffer,
     operand,
     product_into,
     row_chunks,
-    rows_per_chunk,
 )
 from ppomax.kernels.logprobs import check_rows
-from ppomax.kernels.numerics import contiguous, keep, total, wide, wide_dtype
+from ppomax.kernels.numerics import contiguous, keep, total, wide_dtype
 from ppomax.kernels.policy_loss import Clip, policy_settings
 from ppomax.kernels.shards import (
     finish_sums,
@@ -92,8 +92,9 @@ def linear_policy_loss(
     penalty_beta: as in policy_loss. lm_weights [N] float: weight of a row in the language-model loss; unset: 0.
     entropy_coef may be negative (a penalty on entropy). A row with a label < 0, or whose weights are both 0, is not
     read.
-    main_grad [V/tp, H] float: the gradient of weight is added to it at once, in the forward pass, and autograd gives
-    weight none; the derivative by the loss must then be 1 (it is checked). Unset: autograd gives weight its gradient.
+    main_grad [V/tp, H] float, contiguous: the gradient of weight is added to it at once, in the forward pass, and
+    autograd gives weight none; the derivative by the loss must then be 1 (it is checked). Unset: autograd gives weight
+    its gradient.
     sum_hidden_grad: False leaves this rank's part of the gradient of hidden, for a caller that sums it over tp_group
     itself (sequence parallelism: by a reduce-scatter).
     Gradients of logits are rounded to the dtype of hidden; statistics and losses are fp32 (fp64 for fp64 inputs).
@@ -111,12 +112,15 @@ def linear_policy_loss(
         objective=objective,
         penalty_beta=penalty_beta,
     )
-    constants = [contiguous(None if x is None else x.detach()) for x in (*rows.values(), importance_weights)]
+    dtype = wide_dtype(hidden)
+    constants = [None if x is None else x.detach().to(dtype) for x in (*rows.values(), importance_weights)]
+    if main_grad is not None and not torch.is_grad_enabled():
+        raise ValueError("linear_policy_loss: main_grad would get a gradient although gradients are turned off")
     scalars, logprobs, grad_hidden, grad_weight = _loss_and_gradients(
         hidden.detach().contiguous(),
         weight.detach(),
         labels.contiguous(),
-        *constants,
+        *map(contiguous, constants),
         list(moments or ()),
         entropy_coef,
         settings.ratio_min,
@@ -128,7 +132,7 @@ def linear_policy_loss(
         sum_hidden_grad,
         group_name(tp_group),
         vocab_size,
-        chunk_rows or rows_per_chunk(weight),
+        chunk_size("linear_policy_loss", chunk_rows, weight),
     )
     if main_grad is None:
         loss = with_gradients(scalars[0], [hidden, weight], [grad_hidden, grad_weight])
@@ -213,7 +217,7 @@ def _loss_and_gradients(
     num_real = num_real_columns(weight.shape[0], first, vocab_size)
     shard: dict[str, Any] = {"temperature": 1.0, "first": first, "num_real": num_real}
     rows_of_logits = implementation("logprobs", hidden, weight, labels)
-    policy = implementation("policy_loss", hidden, old_logprobs, advantages, weights)
+    policy = implementation("policy_loss", hidden, old_logprobs, advantages, weights, importance_weights, *moments)
     settings = {
         "ratio_min": ratio_min,
         "ratio_max": ratio_max,
@@ -229,11 +233,13 @@ def _loss_and_gradients(
     buffer, head = logits_buffer(hidden, weight, chunks), operand(weight)
     learned = weights != 0 if lm_weights is None else (weights != 0) | (lm_weights != 0)
     labels = torch.where(learned, labels, -1)
-    weights = keep(wide(weights), labels >= 0)
-    lm_weights = None if lm_weights is None else keep(wide(lm_weights), labels >= 0)
+    weights = keep(weights, labels >= 0)
+    lm_weights = None if lm_weights is None else keep(lm_weights, labels >= 0)
     logprobs, entropy = (torch.empty(labels.shape, dtype=buffer.dtype, device=buffer.device) for _ in range(2))
     grad_hidden = torch.empty_like(hidden, dtype=hidden.dtype if group_size(group) == 1 else buffer.dtype)
-    grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if main_grad is None else main_grad
+    grad_weight = main_grad
+    if grad_weight is None:
+        grad_weight = torch.zeros(weight.shape, dtype=buffer.dtype, device=weight.device)
     sums = []
     for rows in chunks:
         inputs = kept_rows(hidden[rows], labels[rows])
@@ -294,7 +300,7 @@ def _(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = wide_dtype(hidden)
-    own_grad_weight = torch.empty_like(weight) if main_grad is None else weight.new_empty(0)
+    own_grad_weight = weight.new_empty(weight.shape if main_grad is None else 0)
     return (
         hidden.new_empty(NUM_SCALARS, dtype=dtype),
         hidden.new_empty(labels.shape, dtype=dtype),

@@ -33,21 +33,25 @@ def token_logprobs(
     whose gradient has the dtype of logits. A label whose logit is -inf, or that is outside the vocabulary, gets a
     finite logprob near -1e30.
     Every rank of tp_group must call it. The equations are in logprobs_reference.py.
-    Raises ValueError on shapes that do not fit and on a temperature that is not positive.
+    Raises ValueError on shapes that do not fit and on a temperature below logprobs.MIN_TEMPERATURE.
     """
     check_rows("token_logprobs", logits, labels, temperature)
     return _forward(rows_of(logits), labels.contiguous(), temperature, group_name(tp_group), vocab_size)[:2]
 
 
+MIN_TEMPERATURE = 1e-4
+"""Below it a logit of -1e30, which stands for -inf, would overflow when it is divided."""
+
+
 def check_rows(function: str, rows: Tensor, labels: Tensor, temperature: float) -> None:
-    """Raises ValueError unless rows is [N, columns], labels [N] int64 and the temperature positive."""
+    """Raises ValueError unless rows is [N, columns], labels [N] int64 and the temperature at least MIN_TEMPERATURE."""
     if rows.dim() != 2 or labels.shape != rows.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"{function}: rows {tuple(rows.shape)} and labels {tuple(labels.shape)} {labels.dtype}; "
             "expected [N, columns] and [N] int64"
         )
-    if temperature <= 0:
-        raise ValueError(f"{function}: temperature {temperature} must be positive")
+    if not temperature >= MIN_TEMPERATURE:
+        raise ValueError(f"{function}: temperature {temperature} must be at least {MIN_TEMPERATURE}")
 
 
 @custom_op("ppomax::token_logprobs", mutates_args=())

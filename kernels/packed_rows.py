@@ -13,6 +13,8 @@ def count_rows(function: str, response_mask: Tensor, cu_seqlens: Tensor | None, 
     """B, of response_mask [B, T], or [K] with cu_seqlens and max_seqlen; raises ValueError when they do not fit."""
     if (cu_seqlens is None) != (max_seqlen is None):
         raise ValueError(f"{function}: cu_seqlens and max_seqlen must be given together")
+    if response_mask.dtype != torch.bool:
+        raise ValueError(f"{function}: response_mask is {response_mask.dtype}; expected bool")
     if cu_seqlens is None:
         if response_mask.dim() != 2:
             raise ValueError(f"{function}: response_mask {tuple(response_mask.shape)}; expected [B, T]")

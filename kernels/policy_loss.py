@@ -14,7 +14,7 @@ from torch.library import custom_op
 
 from ppomax.kernels.attach import with_gradients
 from ppomax.kernels.dispatch import implementation
-from ppomax.kernels.numerics import wide_dtype
+from ppomax.kernels.numerics import contiguous, wide_dtype
 from ppomax.kernels.whiten import Moments
 
 Clip = float | tuple[float, float] | None
@@ -98,8 +98,8 @@ def policy_loss(
         unbiased=unbiased,
         whiten_eps=whiten_eps,
     )
-    constants = [None if x is None else x.detach() for x in others]
-    scalars, grad = _policy_loss(logprobs.detach(), *constants, list(moments or ()), *settings)
+    constants = [contiguous(None if x is None else x.detach()) for x in others]
+    scalars, grad = _policy_loss(logprobs.detach().contiguous(), *constants, list(moments or ()), *settings)
     loss, *metrics = scalars.unbind()
     return PolicyLoss(with_gradients(loss, [logprobs], [grad]), *metrics)
 
@@ -116,9 +116,9 @@ def policy_settings(
     whiten_eps: float = 1e-6,
 ) -> PolicySettings:
     """PolicySettings for the arguments of policy_loss; raises its errors about them."""
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    low, high = clip if isinstance(clip, tuple | list) else (clip, clip)
     low, high = (1.0 if low is None else low), (math.inf if high is None else high)  # ratios from 0 to infinity
-    if min(low, high) <= 0 or (advantage_clip is not None and advantage_clip <= 0):
+    if not min(low, high) > 0 or (advantage_clip is not None and advantage_clip <= 0):
         raise ValueError(f"policy_loss: clip {clip} and advantage_clip {advantage_clip} must be positive or None")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(

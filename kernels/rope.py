@@ -16,7 +16,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns [N, heads, D] in x's dtype, computed in fp32 and rounded once; differentiable in x.
     Raises ValueError when D is odd or cos and sin do not fit x.
     """
-    num_tokens, _, head_size = x.shape
+    num_tokens, _, head_size = x.shape if x.dim() == 3 else (0, 0, 1)
     if (
         head_size % 2
         or cos.shape != sin.shape

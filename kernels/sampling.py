@@ -16,6 +16,9 @@ from ppomax.kernels.numerics import rows_of
 from ppomax.kernels.sampling_reference import BANNED, SEEN
 from ppomax.kernels.shards import group_name, group_of, group_size
 
+MIN_TEMPERATURE = 1e-4
+"""Below it the draw is the largest logit for every purpose, and scores would exceed what they are computed in."""
+
 
 class Draw(NamedTuple):
     """What was drawn for R requests; see `sample_with_margins`."""
@@ -73,7 +76,8 @@ def sample_with_margins(
 
     logits [R, V/tp] float: this rank's contiguous block of the vocabulary, in rank order of tp_group; what follows is
     computed in float32 whatever their type.
-    temperature: logits are divided by it; 0 takes the largest (after the penalty; the lowest id among equals).
+    temperature: logits are divided by it, which must leave them below 2^35; at least MIN_TEMPERATURE, or 0, which takes
+    the largest (after the penalty; the lowest id among equals).
     top_p in (0, 1]: keep the tokens for which the likelier ones have less than this probability together; 1 keeps all.
     top_k: keep the k likeliest tokens, lower ids first among equals; 0 keeps all.
     repetition_penalty: logits of seen tokens are multiplied by it where negative, else divided by it; 1 leaves them.
@@ -92,22 +96,22 @@ def sample_with_margins(
     Raises ValueError on settings out of range and shapes that do not fit.
     Source: the order of the steps and the penalty are the released code's.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or repetition_penalty <= 0:
+    is_hot = temperature == 0 or temperature >= MIN_TEMPERATURE
+    if not is_hot or not 0 < top_p <= 1 or top_k < 0 or not repetition_penalty > 0:
         raise ValueError(
-            f"sample: temperature {temperature} must be >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0 "
-            f"and repetition_penalty {repetition_penalty} > 0"
+            f"sample: temperature {temperature} must be 0 or at least {MIN_TEMPERATURE}, top_p {top_p} in (0, 1], "
+            f"top_k {top_k} >= 0 and repetition_penalty {repetition_penalty} > 0"
         )
-    if logits.dim() != 2 or seeds.shape != logits.shape[:1] or positions.shape != logits.shape[:1]:
-        raise ValueError(
-            f"sample: logits {tuple(logits.shape)}, seeds {tuple(seeds.shape)}, positions {tuple(positions.shape)}; "
-            "expected [R, V/tp], [R], [R]"
-        )
+    keys = {"seeds": seeds, "positions": positions}
+    if logits.dim() != 2 or any(x.shape != logits.shape[:1] or x.dtype != torch.int64 for x in keys.values()):
+        given = {name: (tuple(x.shape), x.dtype) for name, x in keys.items()}
+        raise ValueError(f"sample: logits {tuple(logits.shape)}, {given}; expected [R, V/tp], and [R] int64 for both")
     columns = logits.shape[1] * group_size(tp_group)
     num_tokens = columns if vocab_size is None else min(vocab_size, columns)
     if num_tokens < 1:
         raise ValueError(f"sample: {num_tokens} tokens to draw from; the vocabulary needs at least one")
     for name, flags in (("seen", seen), ("banned", banned)):
-        if flags is not None and (flags.shape[0] != logits.shape[0] or flags.shape[1] < num_tokens):
+        if flags is not None and (flags.dim() != 2 or flags.shape[0] != logits.shape[0] or flags.shape[1] < num_tokens):
             raise ValueError(
                 f"sample: {name} {tuple(flags.shape)} must cover {(logits.shape[0], num_tokens)}, "
                 "all requests and token ids"

@@ -18,8 +18,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     the gradient.
     Raises ValueError when the last dimension is odd.
     """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: last dimension {gate_up.shape[-1]} is odd; expected gate and up, 2F columns")
+    if gate_up.dim() == 0 or gate_up.shape[-1] % 2 or gate_up.shape[-1] == 0:
+        raise ValueError(f"swiglu: {tuple(gate_up.shape)}; expected [..., 2F], the columns of gate and up")
     return _forward(rows_of(gate_up)).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 

@@ -19,7 +19,7 @@ def _forward_kernel(GATE_UP, stride, Y, F, TILES, BLOCK: tl.constexpr, ACC: tl.c
     inside = column < F
     gate = tl.load(GATE_UP + row * stride + column, mask=inside, other=0.0).to(ACC)
     up = tl.load(GATE_UP + row * stride + F + column, mask=inside, other=0.0).to(ACC)
-    tl.store(Y + row * F + column, gate * up / (1.0 + tl.exp(-gate)), mask=inside)
+    tl.store(Y + row * F + column, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
 
 
 @triton.jit

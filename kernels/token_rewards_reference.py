@@ -38,14 +38,14 @@ def token_rewards(
             max_seqlen=None,
         )
         return unpadded(rewards, index, len(response_mask)), unpadded(kl, index, len(response_mask))
-    logprobs = wide(logprobs)
-    bits = bits_of(response_mask, logprobs.dtype)
+    logprobs = wide(logprobs).contiguous()
+    bits = bits_of(response_mask.contiguous(), logprobs.dtype)
     if kl is None:
-        kl = _sampled_kl(logprobs, wide(ref_logprobs), kl_estimator)
-    kl = masked(kl.to(logprobs.dtype), bits)
-    rewards = torch.sub(torch.zeros_like(logprobs[0, 0]), kl, alpha=kl_coef)
+        kl = _sampled_kl(logprobs, wide(ref_logprobs).contiguous(), kl_estimator)
+    kl = masked(kl.to(logprobs.dtype).contiguous(), bits)
+    rewards = torch.sub(logprobs.new_zeros(()), kl, alpha=kl_coef)
     if step_rewards is not None:
-        rewards += masked(step_rewards.to(logprobs.dtype), bits)
+        rewards += masked(step_rewards.to(logprobs.dtype).contiguous(), bits)
     number = torch.arange(1, response_mask.shape[1] + 1, dtype=bits.dtype, device=bits.device)
     last = (bits & number).amax(dim=1, keepdim=True).long()  # number of the last kept token, 0 in an empty row
     score = torch.where(last > 0, scores.to(logprobs.dtype)[:, None], 0.0)

@@ -21,11 +21,13 @@ def value_head_loss(
     dtype = wide_dtype(hidden, weight, old_values, returns, weights)
     is_kept = weights != 0
     states, head = keep(hidden.to(dtype), is_kept[:, None]), weight.to(dtype)
-    values = keep(states @ head, is_kept)
+    # With `out`, unlike operators, products keep their type under autocast.
+    values = keep(torch.mv(states, head, out=states.new_empty(len(states))), is_kept)
     old, target = (keep(x.to(dtype), is_kept) for x in (old_values, returns))
     loss, grad, is_clipped = value_terms(values, old, target, clip=clip)
     token_weight = weights.to(dtype)
     scalars = torch.stack([total(token_weight * loss), total(token_weight * is_clipped)])
     grad = keep(token_weight * grad, is_kept)
+    grad_weight = torch.mv(states.T, grad, out=states.new_empty(states.shape[1]))
     grad_hidden = keep(grad[:, None] * head, is_kept[:, None])
-    return scalars, values, grad_hidden.to(hidden.dtype), (grad @ states).to(weight.dtype)
+    return scalars, values, grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)

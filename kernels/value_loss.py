@@ -42,14 +42,15 @@ def value_loss(
     if len(set(shapes)) != 1:
         raise ValueError(f"value_loss: values, old_values, returns, weights have shapes {shapes}; expected one shape")
     check_value_clip("value_loss", clip)
-    scalars, grad = _value_loss(values.detach(), old_values.detach(), returns.detach(), weights.detach(), clip)
+    constants = [x.detach().contiguous() for x in (values, old_values, returns, weights)]
+    scalars, grad = _value_loss(*constants, clip)
     loss, clip_fraction = scalars.unbind()
     return ValueLoss(with_gradients(loss, [values], [grad]), clip_fraction)
 
 
 def check_value_clip(function: str, clip: float | None) -> None:
     """Raises ValueError on a clip that is not positive."""
-    if clip is not None and clip <= 0:
+    if clip is not None and not clip > 0:
         raise ValueError(f"{function}: clip {clip} must be positive or None")
 
 

@@ -60,8 +60,10 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 
 def _check(function: str, x: Tensor, mask: Tensor) -> None:
-    if x.shape != mask.shape:
-        raise ValueError(f"{function}: x {tuple(x.shape)} and mask {tuple(mask.shape)} must have one shape")
+    if x.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"{function}: x {tuple(x.shape)} and mask {tuple(mask.shape)} {mask.dtype}; expected one shape and bool"
+        )
 
 
 @custom_op("ppomax::whiten", mutates_args=())

@@ -30,9 +30,9 @@ def whiten(
     x: Tensor, mask: Tensor, count: Tensor, mean: Tensor, m2: Tensor, *, shift_mean: bool, unbiased: bool, eps: float
 ) -> Tensor:
     """(x - mean) / sqrt(m2 / count + eps), plus mean unless shift_mean; with unbiased, m2 / (count - 1)."""
-    dtype = wide(x).dtype
+    x, dtype = x.contiguous(), wide(x).dtype
     variance = m2 / (count - 1 if unbiased else count).clamp(min=1)
     whitened = (x.double() - mean) * torch.rsqrt(variance + eps)
     if not shift_mean:
         whitened = whitened + mean
-    return masked(whitened.to(dtype), bits_of(mask, dtype))
+    return masked(whitened.to(dtype), bits_of(mask.contiguous(), dtype))

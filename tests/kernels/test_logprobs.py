@@ -307,7 +307,7 @@ def test_operator_is_declared_correctly() -> None:
     [
         (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), 1.0, r"\[N, columns\]"),
         (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), 1.0, "int64"),
-        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 0.0, "must be positive"),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 0.0, "must be at least"),
     ],
     ids=["shapes", "label dtype", "temperature"],
 )

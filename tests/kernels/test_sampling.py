@@ -262,7 +262,7 @@ def test_wrong_arguments_are_named() -> None:
     for changes in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"repetition_penalty": 0.0}):
         with pytest.raises(ValueError, match="sample: temperature"):
             draw(logits, **changes)
-    with pytest.raises(ValueError, match=r"expected \[R, V/tp\], \[R\], \[R\]"):
+    with pytest.raises(ValueError, match=r"expected \[R, V/tp\], and \[R\] int64"):
         draw(logits, seeds=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="0 tokens to draw from"):
         draw(logits, vocab_size=0)
