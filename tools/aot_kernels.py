@@ -57,7 +57,11 @@ NARROW_ALLOWED: dict[str, str] = {
     "sampling._fold_kernel": "folds a few records per request",
     "partial_sums._sum_partials_kernel": "adds a few hundred numbers in one program",
 }
-NO_TENSOR_CORE_ALLOWED: dict[str, str] = {}
+IEEE = "fp32 products are exact to fp32, which those of tensor cores (TF32) are not"
+NO_TENSOR_CORE_ALLOWED: dict[str, str] = {
+    "paged_attention._decode_kernel fp32": IEEE,
+    "paged_attention._prefill_kernel fp32": IEEE,
+}
 """Per kernel (`<op>.<kernel>`), or per kernel and word in the names of its calls: why it may."""
 
 

@@ -14,6 +14,7 @@ from ppomax.kernels.linear_full_kl import linear_full_kl
 from ppomax.kernels.linear_logprobs import linear_logprobs
 from ppomax.kernels.linear_policy_loss import linear_cross_entropy, linear_policy_loss
 from ppomax.kernels.logprobs import token_logprobs
+from ppomax.kernels.paged_attention import paged_attention, store_pages
 from ppomax.kernels.policy_loss import policy_loss
 from ppomax.kernels.rms_norm import rms_norm
 from ppomax.kernels.rope import rope
@@ -264,6 +265,48 @@ def sampling_case(R: int, V: int, name: str = "plain", *, dtype: torch.dtype = F
         return sample(logits, seen=seen, seeds=seeds, positions=positions, **settings)
 
     return Case("sampling", f"{R} x {V} {name}", called, inputs, chosen)
+
+
+def paged_attention_case(
+    R: int,
+    context: int,
+    queries: int | Sequence[int] = 1,
+    *,
+    heads: int = 32,
+    groups: int = 8,
+    D: int = 128,
+    page_size: int = 64,
+    dtype: torch.dtype = BF16,
+) -> Case:
+    """R requests with this context, or down to half of it, and this many queries, or these in turn."""
+    counts = [queries] if isinstance(queries, int) else list(queries)
+    ends = list(accumulate(counts[r % len(counts)] for r in range(R)))
+    P = -(-context // page_size)
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        cu_queries = torch.tensor([0, *ends], dtype=torch.int32, device=make.device)
+        shorter = (torch.arange(R, dtype=torch.int32, device=make.device) % 5) * (0 if make.dense else context // 8)
+        # Neighbours of a request lie far apart in the cache.
+        page_tables = (torch.arange(R * P, device=make.device) * 7919 % (R * P)).view(R, P).int()
+        query = make.normal(ends[-1], heads, D, dtype=dtype)
+        pages = [make.normal(R * P, page_size, groups, D, dtype=dtype) for _ in range(2)]
+        return query, *pages, page_tables, torch.maximum(context - shorter, cu_queries.diff()), cu_queries
+
+    name = f"{R} x {context} of {page_size}, {queries} queries, {heads} / {groups} x {D} {name_of(dtype)}"
+    return Case("paged_attention", name, paged_attention, inputs, {"max_query": max(counts), "max_context": context})
+
+
+def store_pages_case(N: int, groups: int = 8, D: int = 128, page_size: int = 64, dtype: torch.dtype = BF16) -> Case:
+    """Writes to its inputs, and so gives nothing back. One token in eight is skipped."""
+    num_pages = -(-2 * N // page_size)
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        slots = torch.arange(N, device=make.device) * 7919 % (num_pages * page_size)
+        slots = torch.where((torch.arange(N, device=make.device) % 8 != 7) | make.dense, slots, -1)
+        tokens = [make.normal(N, groups, D, dtype=dtype) for _ in range(2)]
+        return *tokens, *(make.zeros(num_pages, page_size, groups, D).to(dtype) for _ in range(2)), slots
+
+    return Case("paged_attention", f"store {N} x {groups} x {D} {name_of(dtype)}", store_pages, inputs)
 
 
 def adamw_case(num_params: int, dtype: torch.dtype = FP32, *, with_all: bool = False) -> Case:
