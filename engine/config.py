@@ -201,6 +201,9 @@ class DataConfig(Section):
 class SamplingConfig(Section):
     """How responses are sampled."""
 
+    backend: Literal["embedded", "vllm"] = "embedded"
+    """What samples in critic, ppo and evaluate. embedded: the engine's own generator, on the weights that are trained;
+    vllm: vLLM in the same processes, with a copy of the weights (ppomax[vllm])."""
     temperature: NonNegative = 0.8
     """Logits are divided by this; 0 is greedy. Source: 0.8, P p.18."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -211,8 +214,20 @@ class SamplingConfig(Section):
     """Penalty on tokens generated so far (not the prompt), once per distinct token. Source: 1.1, P p.18."""
     max_new_tokens: Positive = 512
     """Longest response, tokens. Source: 512 (length curves, P p.13)."""
+    min_new_tokens: Count = 0
+    """EOS is not drawn, and stop sequences do not count, before the response has this many tokens."""
     batch_size: Positive = 64
     """Responses decoded at the same time on one replica."""
+    tokens_per_step: Positive = 8192
+    """Tokens that one step of generation runs through the model: those of running responses, then pieces of prompts."""
+    page_size: Positive = 32
+    """Tokens per page of the key / value cache."""
+    cache_gib: NonNegative = 0.0
+    """Memory of the key / value cache per GPU, GiB. 0: what the requests can need; on a GPU at most half of what is
+    free when generation starts."""
+    stop_check_every: Count = 0
+    """Steps between two looks at which responses have ended; tokens drawn beyond an end are dropped. 0: 4 on a GPU,
+    which then need not wait for the host, 1 on a CPU."""
 
 
 class SftConfig(Section):
@@ -311,6 +326,12 @@ class PpoConfig(Section):
     """Leave responses without EOS out of both losses."""
     old_logprobs: Literal["recompute", "rollout"] = "recompute"
     """Old log-probs from a forward pass of the trainer, or from the sampler's T = 1 logits."""
+    rollout_correction: Literal["none", "truncated"] = "none"
+    """truncated: each token's policy loss is weighted by min(pi_trainer / pi_sampler, rollout_correction_cap), both at
+    T = 1 and before the update. It corrects a sampler whose numbers differ from the trainer's (vLLM, bf16), neither
+    temperature nor top-p, and leaves the KL penalty alone."""
+    rollout_correction_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Largest weight of ppo.rollout_correction."""
 
     @model_validator(mode="after")
     def _combinations(self) -> "PpoConfig":
@@ -321,6 +342,11 @@ class PpoConfig(Section):
             )
         if isinstance(self.policy_clip, tuple) and min(self.policy_clip) <= 0:
             raise ValueError(f"ppo.policy_clip {self.policy_clip}: expected two positive numbers (low, high)")
+        if self.rollout_correction != "none" and self.old_logprobs == "rollout":
+            raise ValueError(
+                f'ppo.rollout_correction is "{self.rollout_correction}" but ppo.old_logprobs = "rollout" leaves '
+                'nothing to compare the sampler with; set ppo.old_logprobs = "recompute"'
+            )
         if self.entropy_target is not None and self.entropy_coef == 0:
             raise ValueError("ppo.entropy_target is set but ppo.entropy_coef is 0; set it (0.01 in Fig. 16)")
         return self

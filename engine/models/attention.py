@@ -25,7 +25,7 @@ from ppomax.kernels.rope import rope
 
 
 class KeyValueCache(Protocol):
-    """What attention asks of a cache while decoding (rollout/kv_cache.py)."""
+    """What attention asks of a cache while decoding (rollout/paged_cache.py)."""
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends key and value [N, groups, head_dim] and returns the attention output [N, heads, head_dim]."""

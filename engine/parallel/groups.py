@@ -19,11 +19,13 @@ class RoleGroups:
     megatron: tp, pp, dp and the rest under Megatron's names.
     results: the ranks with this rank's tp coordinate: a sum over them brings every result of the last stages to every
     rank.
+    tokens: the ranks of pp once more: sampled tokens travel back beside the hidden states that travel forward.
     """
 
     layout: ParallelLayout
     megatron: ProcessGroupCollection
     results: dist.ProcessGroup
+    tokens: dist.ProcessGroup | None
 
     @property
     def tp_rank(self) -> int:
@@ -79,16 +81,23 @@ def _make(layout: ParallelLayout, timeout: datetime.timedelta) -> RoleGroups:
     groups.tp_ep_pp = groups.mp
     groups.embd = _embedding_group(grid, timeout)
     groups.pos_embd = None
-    return RoleGroups(layout=layout, megatron=groups, results=grid.create_pg(["pp", "dp"], timeout=timeout))
+    results = grid.create_pg(["pp", "dp"], timeout=timeout)
+    return RoleGroups(
+        layout=layout, megatron=groups, results=results, tokens=_own_group(grid.get_rank_enum(["pp"]), timeout)
+    )
+
+
+def _own_group(all_members: list[list[int]], timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """Makes a group of each list of ranks; returns this rank's, if any. Every rank of the world must call it."""
+    mine = None
+    for members in all_members:
+        group = dist.new_group(members, timeout=timeout)
+        if dist.get_rank() in members:
+            mine = group
+    return mine
 
 
 def _embedding_group(grid: HyperCommGrid, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     """First and last stage of each pipeline: they hold copies of tied embeddings."""
-    ranks = [sorted({pipeline[0], pipeline[-1]}) for pipeline in grid.get_rank_enum(["pp"])]
-    mine = None
-    for members in ranks:
-        group = dist.new_group(members, timeout=timeout)
-        if dist.get_rank() in members:
-            mine = group
     # Ranks of middle stages belong to none, which Megatron takes as a group of one.
-    return mine
+    return _own_group([sorted({pipeline[0], pipeline[-1]}) for pipeline in grid.get_rank_enum(["pp"])], timeout)

@@ -16,15 +16,23 @@ def receive_from_previous_stage(
     return hidden
 
 
-def send_to_next_stage(hidden: Tensor, groups: RoleGroups) -> None:
-    """Gives a tensor to the next pipeline stage, which must be receiving; not for the last stage."""
-    dist.send(hidden.contiguous(), group=groups.megatron.pp, group_dst=groups.pp_rank + 1)
+def start_send_to_next(hidden: Tensor, groups: RoleGroups) -> tuple[Tensor, dist.Work]:
+    """Starts to give a tensor to the next pipeline stage; not for the last stage. Both results are to be kept until
+    the second is waited for.
+    """
+    hidden = hidden.contiguous()
+    work = dist.isend(hidden, group=groups.megatron.pp, group_dst=groups.pp_rank + 1)
+    assert work is not None
+    return hidden, work
 
 
-def broadcast_from_last_stage(x: Tensor, groups: RoleGroups) -> None:
-    """Overwrites x with that of the last pipeline stage. Every stage must call it."""
-    if groups.layout.pp > 1:
-        dist.broadcast(x, group=groups.megatron.pp, group_src=groups.layout.pp - 1)
+def start_broadcast_of_last_stage(x: Tensor, groups: RoleGroups) -> dist.Work | None:
+    """Starts to overwrite x with that of the last pipeline stage; None with one stage. Every stage must call it, in the
+    same order. It has a group of its own: it must not stand in the way of what stages send to each other meanwhile.
+    """
+    if groups.layout.pp == 1:
+        return None
+    return dist.broadcast(x, group=groups.tokens, group_src=groups.layout.pp - 1, async_op=True)
 
 
 def sum_over_replicas(x: Tensor, groups: RoleGroups) -> None:

@@ -1,40 +1,35 @@
-"""Responses sampled from the weights that are being trained, with a key / value cache and continuous batching.
+"""Responses sampled from the weights that are being trained: continuous batching over a paged key / value cache.
 
-Each replica takes a share of the prompts and decodes up to `sampling.batch_size` of them at a time: whole prompts run
-through the model as packs, then every request adds one token per step, and waiting requests take the slots of those
-that end. A token depends on what precedes it, its position and the seed of its request: neither slots nor layouts
-change it.
+Each replica takes a share of the prompts. Its requests run in as many flights as there are pipeline stages, so that
+every stage has one to work on; a flight takes one step at a time (flight.py): every running request adds a token, and
+waiting prompts join in pieces while the step has room. A token depends on what precedes it, its position and the seed
+of its request: neither the company in a step nor layouts, page sizes or limits change it.
 """
 
 import hashlib
 import struct
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ppomax.engine.config import SamplingConfig
-from ppomax.engine.data.batches import Pack, last_token_rows, make_packs
 from ppomax.engine.errors import DataError
-from ppomax.engine.models.attention import KeyValueCache
 from ppomax.engine.models.roles import Role, check_vocabulary
-from ppomax.engine.parallel.stages import (
-    broadcast_from_last_stage,
-    receive_from_previous_stage,
-    send_to_next_stage,
-    sum_over_replicas,
-)
-from ppomax.engine.ppo.types import Rollout, response_mask
-from ppomax.engine.rollout.kv_cache import Slots, decode, prefill
-from ppomax.kernels.sampling import sample_with_margins
+from ppomax.engine.parallel.stages import sum_over_replicas
+from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout.batch import Batch
+from ppomax.engine.rollout.draw import StopRule
+from ppomax.engine.rollout.flight import Flight
+from ppomax.engine.rollout.paged_cache import local_groups
+from ppomax.engine.rollout.pages import num_pages_for_budget, pages_for
+from ppomax.engine.rollout.scheduler import Limits, Request
 
-PREFILL_TOKENS = 8192
-"""Prompts that start together have at most this many tokens, to bound activations (a single prompt may have more)."""
+CACHE_SHARE = 0.5
+"""Of the GPU memory that is free when generation starts, what the cache may take where sampling.cache_gib is 0."""
 
-REFILL_FRACTION = 8
-"""Waiting requests start when 1 / this of the slots are free: a pack of prompts delays all others by a step or more."""
+GIB = 2**30
 
 
 @torch.no_grad()  # not inference_mode: what is computed from a rollout enters autograd
@@ -47,30 +42,36 @@ def generate(
     eos_id: int,
     pad_id: int,
     max_length: int | None = None,
+    samples: int = 1,
+    limits: Sequence[int] | None = None,
+    stop_sequences: Sequence[Sequence[int]] = (),
+    on_token: Callable[[int, int], None] | None = None,
 ) -> Rollout:
-    """One response to each prompt of the global batch; every rank of the role must call it and gets all of them.
+    """`samples` responses to each prompt of the global batch; every rank of the role must call it and gets all of them.
 
-    prompts: B sequences of token ids, the same on every rank.
+    prompts: sequences of token ids, the same on every rank; the rollout has B = len(prompts) * samples rows, those of
+    one prompt side by side.
     seeds [B] int64: they fix the noise of each response (`request_seeds`).
-    A response ends by eos_id (kept), by sampling.max_new_tokens, or where prompt and response fill the model's context
-    or, if given, max_length tokens. pad_id fills the rows of the result.
+    A response ends by eos_id (kept), by one of stop_sequences (kept), by limits[b] (unset: sampling.max_new_tokens)
+    tokens, or where prompt and response fill the model's context or, if given, max_length tokens. pad_id fills the rows
+    of the result. limits of 0 give empty responses.
+    on_token: called with (row, token) for each token of this replica's responses as soon as the host has read it.
     Raises, before anything runs, DataError if a prompt is empty or leaves no room for a response, ConfigError if one
-    has a token that the model does not know.
+    has a token that the model does not know, DoesNotFitError if the cache cannot hold the longest request.
     """
     context = min(role.shape.max_position_embeddings, max_length or role.shape.max_position_embeddings)
     _check_prompts(prompts, context)
     check_vocabulary(role, max(max(prompt) for prompt in prompts))
     role.stage.eval()
-    batch = _Batch(prompts, sampling.max_new_tokens, context, seeds, role.device)
-    replica, num_replicas = role.groups.dp_rank, role.groups.layout.dp
-    # Dealt by length: the replicas' shares are alike, and prompts that start together are of similar length.
-    longest_first = sorted(range(len(prompts)), key=lambda b: (-len(prompts[b]), b))
-    share = longest_first[replica::num_replicas]
-    if share:
-        _decode_share(role, batch, share, sampling, eos_id)
-    for result in (batch.num_tokens, batch.tokens, batch.logprobs, batch.margins, batch.finished):
-        sum_over_replicas(result, role.groups)
-    return _assemble(batch, pad_id)
+    rows = [prompt for prompt in prompts for _ in range(samples)]
+    wanted = limits or [sampling.max_new_tokens] * len(rows)
+    max_lengths = [min(context, len(prompt) + limit) for prompt, limit in zip(rows, wanted, strict=True)]
+    batch = Batch(rows, max_lengths, seeds, role.device)
+    share = _share_of_replica(batch, samples, role)
+    stop = StopRule(eos_id, tuple(map(tuple, stop_sequences)), sampling.min_new_tokens)
+    _run(_flights(role, batch, share, samples, sampling, stop, on_token), _stop_check_every(sampling, role))
+    _share_results(batch, share, role)
+    return batch.rollout(pad_id)
 
 
 def request_seeds(run_seed: int, step: int, num: int, *, sample: int = 0) -> Tensor:
@@ -98,175 +99,109 @@ def _check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
             )
 
 
-class _Batch:
-    """The global batch: what each of B requests asks for, and its response so far (0 for requests of other replicas).
+def _share_of_replica(batch: Batch, samples: int, role: Role) -> list[int]:
+    """The requests of this replica, the costliest prompts first; responses to one prompt stay together.
 
-    prompt_lengths, max_lengths, seeds [B] int64: max_lengths in tokens of prompt and response.
-    num_tokens [B] int64: tokens of the response. tokens [B, longest] int64, logprobs and margins [B, longest] float32.
-    finished [B] int32: 1 where the response ended by EOS.
+    Dealt by cost, the tokens of prompt and longest response, each to the replica with the least so far: all ranks
+    agree.
     """
-
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int, seeds: Tensor, device: torch.device
-    ) -> None:
-        self.prompts = prompts
-        self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.max_lengths = (self.prompt_lengths + max_new_tokens).clamp(max=context)
-        self.seeds = seeds.to(device)
-        sizes = (len(prompts), int((self.max_lengths - self.prompt_lengths).max()))
-        self.num_tokens = torch.zeros_like(self.prompt_lengths)
-        self.tokens = torch.zeros(sizes, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(sizes, device=device)
-        self.margins = torch.zeros(sizes, device=device)
-        self.finished = torch.zeros(len(prompts), dtype=torch.int32, device=device)
-
-    def lengths(self, requests: Tensor) -> Tensor:
-        """Tokens of prompt and response so far [R], which is also the position of the next token."""
-        return self.prompt_lengths[requests] + self.num_tokens[requests]
-
-    def append(self, requests: Tensor, tokens: Tensor, logprobs: Tensor, margins: Tensor, *, eos_id: int) -> None:
-        """Adds one token to each of R requests."""
-        places = (requests, self.num_tokens[requests])
-        self.tokens[places], self.logprobs[places], self.margins[places] = tokens, logprobs, margins
-        self.num_tokens[requests] += 1
-        self.finished[requests] = (tokens == eos_id).int()
-
-    def is_done(self, requests: Tensor) -> Tensor:
-        return self.finished[requests].bool() | (self.lengths(requests) == self.max_lengths[requests])
+    costs = {first: sum(batch.max_lengths[first : first + samples]) for first in range(0, len(batch.prompts), samples)}
+    loads = [0] * role.groups.layout.dp
+    shares: list[list[int]] = [[] for _ in loads]
+    for first in sorted(costs, key=lambda first: (-costs[first], first)):
+        replica = loads.index(min(loads))
+        loads[replica] += costs[first]
+        shares[replica] += range(first, first + samples)
+    return shares[role.groups.dp_rank]
 
 
-def _decode_share(role: Role, batch: _Batch, share: Sequence[int], sampling: SamplingConfig, eos_id: int) -> None:
-    """Runs this replica's requests to their ends. All ranks of the replica take the same steps."""
-    slots = Slots(
-        role.stage,
-        num_slots=min(sampling.batch_size, len(share)),
-        max_length=int(batch.max_lengths[list(share)].max()),
-        track_seen=sampling.repetition_penalty != 1 and role.groups.is_last_stage,
-    )
-    multiple_of = role.groups.layout.tp if role.stage.config.sequence_parallel else 1
-    waiting = deque(share)
-    while waiting or slots.running.numel():
-        view: KeyValueCache
-        if waiting and slots.num_free >= min(len(waiting), max(1, slots.num_slots // REFILL_FRACTION)):
-            requests = torch.tensor(_take(waiting, batch.prompts, slots.num_free), device=role.device)
-            taken = slots.start(requests)
-            pack = _prompt_pack([batch.prompts[b] for b in requests.tolist()], multiple_of).to(role.device)
-            view = prefill(slots.cache, pack, batch.prompt_lengths[requests], first_slot=taken.start)
-        else:
-            requests, taken = slots.running, slice(0, slots.running.numel())
-            last_tokens = batch.tokens[requests, batch.num_tokens[requests] - 1]
-            positions = batch.lengths(requests) - 1
-            pack = _token_pack(last_tokens, positions, multiple_of)
-            view = decode(slots.cache, positions)
-        hidden = _run_stage(role, pack, view)
-        seen = None if slots.seen is None else slots.seen[taken]
-        tokens, logprobs, margins = _draw(role, hidden, batch, requests, sampling, seen)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        batch.append(requests, tokens, logprobs, margins, eos_id=eos_id)
-        slots.release(batch.is_done(slots.running))
-
-
-def _take(waiting: deque[int], prompts: Sequence[Sequence[int]], num_free: int) -> list[int]:
-    """Removes the next requests to start: as many as slots and PREFILL_TOKENS allow, at least one."""
-    taken = [waiting.popleft()]
-    num_tokens = len(prompts[taken[0]])
-    while waiting and len(taken) < num_free and num_tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS:
-        num_tokens += len(prompts[waiting[0]])
-        taken.append(waiting.popleft())
-    return taken
-
-
-def _prompt_pack(prompts: Sequence[Sequence[int]], multiple_of: int) -> Pack:
-    """Whole prompts; the head works on the last token of each."""
-    sequences = [torch.tensor(prompt) for prompt in prompts]
-    rows = last_token_rows([len(prompt) for prompt in prompts])
-    return make_packs(sequences, rows, [range(len(prompts))], multiple_of=multiple_of)[0]
-
-
-def _token_pack(tokens: Tensor, positions: Tensor, multiple_of: int) -> Pack:
-    """One token [R] for each of R requests, at its position [R], and padding."""
-    num_requests = tokens.numel()
-    num_padding = -num_requests % multiple_of
-    rows = torch.arange(num_requests, device=tokens.device)
-    return Pack(
-        tokens=pad(tokens, (0, num_padding)),
-        positions=pad(positions, (0, num_padding)),
-        cu_seqlens=torch.arange(num_requests + num_padding + 1, dtype=torch.int32, device=tokens.device),
-        max_seqlen=1,
-        rows=rows,
-        labels=torch.full_like(rows, -1),
-        index=rows,
-        sequences=tuple(range(num_requests)),
-    )
-
-
-def _run_stage(role: Role, pack: Pack, cache: KeyValueCache) -> Tensor | None:
-    """Takes the pack through all stages: on the last one hidden [R, H] of its rows, None on the others."""
-    stage, groups = role.stage, role.groups
-    if not groups.is_first_stage:
-        num_tokens = pack.tokens.numel() // (groups.layout.tp if stage.config.sequence_parallel else 1)
-        sizes = (num_tokens, 1, role.shape.hidden_size)
-        received = receive_from_previous_stage(sizes, stage.config.params_dtype, role.device, groups)
-        stage.decoder.set_input_tensor(received)
-    hidden = stage(pack, cache)
-    if groups.is_last_stage:
-        return hidden
-    send_to_next_stage(hidden, groups)
-    return None
-
-
-def _draw(
-    role: Role, hidden: Tensor | None, batch: _Batch, requests: Tensor, sampling: SamplingConfig, seen: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The next tokens [R] int64, their logprobs and margins [R] float32, on every stage, from the last one's hidden."""
-    # Token ids, too, are exact in float64: one broadcast carries all three.
-    drawn = torch.zeros(3, requests.numel(), dtype=torch.float64, device=role.device)
-    if hidden is not None:
-        draw = sample_with_margins(
-            _logits(hidden, role.stage.vocabulary_weight()),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            repetition_penalty=sampling.repetition_penalty,
-            seen=seen,
-            seeds=batch.seeds[requests],
-            positions=batch.lengths(requests),
-            tp_group=role.groups.megatron.tp,
-            vocab_size=role.shape.vocab_size,
+def _flights(
+    role: Role,
+    batch: Batch,
+    share: list[int],
+    samples: int,
+    sampling: SamplingConfig,
+    stop: StopRule,
+    on_token: Callable[[int, int], None] | None,
+) -> list[Flight]:
+    """As many as there are pipeline stages, as far as the requests go, with equal parts of cache and places."""
+    requests = [
+        Request(
+            index=b,
+            prompt=tuple(batch.prompts[b]),
+            max_new_tokens=batch.max_lengths[b] - len(batch.prompts[b]),
+            parent=b // samples * samples if b % samples else None,
         )
-        drawn = torch.stack([draw.tokens.double(), draw.logprobs.double(), draw.margins.double()])
-    broadcast_from_last_stage(drawn, role.groups)
-    return drawn[0].long(), drawn[1].float(), drawn[2].float()
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [R, H] times the vocabulary head [V/tp, H] in float32: bfloat16 logits would be off by up to 0.4 %."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
-
-
-def _assemble(batch: _Batch, pad_id: int) -> Rollout:
-    """Prompts and responses side by side, right padded to the longest."""
-    lengths, device = batch.prompt_lengths + batch.num_tokens, batch.tokens.device
-    num_rows, width = lengths.numel(), int(lengths.max())
-    is_prompt = torch.arange(width, device=device) < batch.prompt_lengths[:, None]
-    mask = response_mask(batch.prompt_lengths, lengths, width - 1)
-    is_generated = torch.arange(batch.tokens.shape[1], device=device) < batch.num_tokens[:, None]
-    # Both sides of each assignment select row by row, from left to right.
-    tokens = torch.full((num_rows, width), pad_id, dtype=torch.int64, device=device)
-    tokens[is_prompt] = torch.tensor([token for prompt in batch.prompts for token in prompt], device=device)
-    tokens[:, 1:][mask] = batch.tokens[is_generated]
-    sampling_logprobs, margins = torch.zeros(2, num_rows, width - 1, device=device)
-    sampling_logprobs[mask] = batch.logprobs[is_generated]
-    margins[mask] = batch.margins[is_generated]
-    return Rollout(
-        tokens=tokens,
-        prompt_lengths=batch.prompt_lengths,
-        lengths=lengths,
-        response_mask=mask,
-        finished=batch.finished.bool(),
-        sampling_logprobs=sampling_logprobs,
-        margins=margins,
+        for b in share
+        if batch.max_lengths[b] > len(batch.prompts[b])
+    ]
+    if not requests:
+        return []
+    prompts = list(dict.fromkeys(request.index // samples for request in requests))
+    num_flights = min(role.groups.layout.pp, len(prompts))
+    max_running = -(-sampling.batch_size // num_flights)
+    members = [set(prompts[flight::num_flights]) for flight in range(num_flights)]
+    parts = [[request for request in requests if request.index // samples in own] for own in members]
+    num_pages = _num_pages(role, parts, max_running, sampling)
+    limits = Limits(
+        max_running=max_running,
+        tokens_per_step=max(sampling.tokens_per_step, max_running),
+        max_context=max(batch.max_lengths),
+        page_size=sampling.page_size,
+        num_pages=num_pages,
     )
+    return [Flight(role, batch, part, limits, sampling, stop, on_token) for part in parts]
+
+
+def _num_pages(role: Role, parts: list[list[Request]], max_running: int, sampling: SamplingConfig) -> int:
+    """Pages of each flight: for the longest requests that may run together, as far as the budget goes."""
+    needed = 0
+    for part in parts:
+        longest = sorted((len(request.prompt) + request.max_new_tokens for request in part), reverse=True)[:max_running]
+        needed = max(needed, sum(pages_for(length, sampling.page_size) for length in longest))
+    budget = sampling.cache_gib * GIB
+    if budget == 0 and role.device.type == "cuda":
+        budget = CACHE_SHARE * torch.cuda.mem_get_info(role.device)[0]
+    if budget == 0:
+        return needed
+    weight = next(role.stage.parameters())
+    affordable = num_pages_for_budget(
+        int(budget / len(parts)),
+        page_size=sampling.page_size,
+        num_layers=len(role.stage.decoder.layers),
+        num_groups=local_groups(role.stage),
+        head_dim=role.shape.head_dim,
+        itemsize=weight.element_size(),
+    )
+    # Stages may differ in layers and GPUs in free memory, but all must plan the same steps.
+    fewest = torch.tensor(min(needed, affordable), device=role.device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=role.groups.megatron.mp)
+    return int(fewest)
+
+
+def _stop_check_every(sampling: SamplingConfig, role: Role) -> int:
+    """Steps between two looks at what was drawn: a GPU should not wait for the host after each."""
+    return sampling.stop_check_every or (4 if role.device.type == "cuda" else 1)
+
+
+def _run(flights: list[Flight], stop_check_every: int) -> None:
+    """Takes turns with the flights until all requests have ended."""
+    turn = 0
+    while flights:
+        for flight in flights:
+            if turn % stop_check_every == 0:
+                flight.collect()
+            flight.launch()
+        flights = [flight for flight in flights if not flight.is_done]
+        turn += 1
+
+
+def _share_results(batch: Batch, share: list[int], role: Role) -> None:
+    """Gives every rank the responses of all replicas."""
+    is_own = torch.zeros(len(batch.prompts), dtype=torch.bool)
+    is_own[share] = True
+    batch.lengths, batch.finished = batch.lengths.to(role.device), batch.finished.to(role.device)
+    is_own = is_own.to(role.device)
+    for result in (batch.tokens, batch.logprobs, batch.drawn_logprobs, batch.margins, batch.lengths, batch.finished):
+        result[~is_own] = 0
+        sum_over_replicas(result, role.groups)

@@ -1,0 +1,72 @@
+"""The requests of one call of the generator, the tokens drawn for them, and the rollout that is made of both."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.ppo.types import Rollout, response_mask
+
+NUM_DRAWN = 4
+"""Numbers that are kept of each drawn token: itself, its two logprobs and its margin."""
+
+
+class Batch:
+    """B requests: prompts, then the tokens drawn for them on this replica; those of other replicas stay prompts.
+
+    prompts, max_lengths: known to the host; max_lengths in tokens of prompt and response. seeds [B] int64.
+    tokens [B, S] int64: prompt and response. logprobs, drawn_logprobs, margins [B, S] float32, at the place of each
+    drawn token: of the unmodified T = 1 distribution, of the distribution drawn from, by how much the token won.
+    lengths [B] int64: tokens of prompt and response; finished [B] int64: 1 where EOS or a stop sequence ended it. Both
+    are of the host, and follow the tokens as the host reads them.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], max_lengths: Sequence[int], seeds: Tensor, device: torch.device
+    ) -> None:
+        self.prompts, self.max_lengths = prompts, max_lengths
+        self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.seeds = seeds.to(device)
+        sizes = (len(prompts), max(max_lengths))
+        tokens = torch.zeros(sizes, dtype=torch.int64)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        self.tokens = tokens.to(device)
+        self.logprobs, self.drawn_logprobs, self.margins = torch.zeros(3, *sizes, device=device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self.finished = torch.zeros_like(self.lengths)
+
+    def put(self, requests: Tensor, positions: Tensor, drawn: Tensor) -> None:
+        """Writes one token of each of R requests; drawn [NUM_DRAWN, R]: token, logprob, drawn_logprob, margin."""
+        self.tokens[requests, positions] = drawn[0].long()
+        for target, values in zip((self.logprobs, self.drawn_logprobs, self.margins), drawn[1:], strict=True):
+            target[requests, positions] = values.float()
+
+    def seen(self, requests: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+        """Which tokens each of R requests has drawn before its position: [R, vocab] bool."""
+        column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_drawn = (column >= self.prompt_lengths[requests, None]) & (column < positions[:, None])
+        ids = torch.where(is_drawn, self.tokens[requests], vocab_size)
+        seen = torch.zeros(len(requests), vocab_size + 1, dtype=torch.bool, device=ids.device)
+        return seen.scatter_(1, ids, True)[:, :vocab_size]
+
+    def rollout(self, pad_id: int) -> Rollout:
+        """Prompts and responses, right padded to the longest; every request must have ended."""
+        device = self.tokens.device
+        lengths = self.lengths.to(device)
+        width = int(self.lengths.max())
+        column = torch.arange(width, device=device)
+        mask = response_mask(self.prompt_lengths, lengths, width - 1)
+
+        def of_responses(x: Tensor) -> Tensor:
+            return torch.where(mask, x[:, 1:width], 0.0)
+
+        return Rollout(
+            tokens=torch.where(column < lengths[:, None], self.tokens[:, :width], pad_id),
+            prompt_lengths=self.prompt_lengths,
+            lengths=lengths,
+            response_mask=mask,
+            finished=self.finished.bool().to(device),
+            sampling_logprobs=of_responses(self.logprobs),
+            margins=of_responses(self.margins),
+        )

@@ -1,0 +1,70 @@
+"""Keys and values of the tokens that requests have behind them, in pages that the host hands out (pages.py).
+
+`PagedCache` is the memory of one pipeline stage. `PagedStep` is what attention sees of it in one step
+(`KeyValueCache` in models/attention.py): each request brings one token or a piece of its prompt, and looks back at its
+own pages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.models.transformer import PackedModel
+from ppomax.kernels.paged_attention import paged_attention, store_pages
+
+
+class PagedCache:
+    """Rotated keys, and values: [layers of this stage, pages, page_size, groups (/tp), head_dim] each."""
+
+    def __init__(self, stage: PackedModel, *, num_pages: int, page_size: int) -> None:
+        # Layer numbers are global and start at 1.
+        self.first_layer = stage.decoder.layers[0].layer_number
+        weight = next(stage.parameters())
+        sizes = (len(stage.decoder.layers), num_pages, page_size, local_groups(stage), stage.shape.head_dim)
+        self.keys = torch.zeros(sizes, dtype=weight.dtype, device=weight.device)
+        self.values = torch.zeros_like(self.keys)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copies the contents of pages (source, target); no target is a source."""
+        if copies:
+            sources, targets = torch.tensor(copies, device=self.keys.device).unbind(1)
+            self.keys[:, targets] = self.keys[:, sources]
+            self.values[:, targets] = self.values[:, sources]
+
+
+def local_groups(stage: PackedModel) -> int:
+    """Groups of keys and values on this tp rank."""
+    return max(1, stage.shape.num_query_groups // stage.pg_collection.tp.size())
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """Where the tokens of one step go in the cache, and what each sees: see kernels/paged_attention.py.
+
+    slots [N] int64: -1 for padding. page_tables [R, P], context_lengths [R], cu_queries [R + 1] int32.
+    """
+
+    cache: PagedCache
+    slots: Tensor
+    page_tables: Tensor
+    context_lengths: Tensor
+    cu_queries: Tensor
+    max_query: int
+    max_context: int
+
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        layer = layer_number - self.cache.first_layer
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        store_pages(key, value, keys, values, self.slots)
+        return paged_attention(
+            query,
+            keys,
+            values,
+            self.page_tables,
+            self.context_lengths,
+            self.cu_queries,
+            max_query=self.max_query,
+            max_context=self.max_context,
+        )
