@@ -198,12 +198,12 @@ def _prefill_kernel(
 ):
     """A tile of BLOCK_M // REP queries of a request that has more than one, for the REP heads of a group.
 
-    Request r has the tiles from CU_QUERIES[r] // (BLOCK_M // REP) + r on, which are enough, and fewer than N in all.
+    Request r has the tiles from CU_QUERIES[r] // (BLOCK_M // REP) + r on, at least as many as it needs.
     """
     QUERIES: tl.constexpr = BLOCK_M // REP
     tile = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
-    num_before = 0
+    num_before = tl.full((), 0, dtype=tl.int32)
     for start in range(0, num_requests, SEARCH):
         candidate = start + tl.arange(0, SEARCH)
         is_request = candidate < num_requests

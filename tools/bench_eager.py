@@ -185,6 +185,31 @@ def sample(
     return tokens[:, 0], F.log_softmax(logits.float(), dim=-1).gather(1, tokens)[:, 0]
 
 
+def paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_tables: Tensor,
+    context_lengths: Tensor,
+    cu_queries: Tensor,
+    *,
+    max_query: int,
+    max_context: int,
+) -> Tensor:
+    """Gathers the pages of all requests, each padded to the longest; as many queries for each."""
+    tables = page_tables[:, : -(-max_context // key_pages.shape[1])].long()
+    key, value = (x[tables].flatten(1, 2)[:, :max_context].transpose(1, 2) for x in (key_pages, value_pages))
+    counts, step = cu_queries.diff(), torch.arange(max_query, device=query.device)
+    rows = (cu_queries[:-1, None] + step).clamp(max=query.shape[0] - 1)
+    last = (context_lengths - counts)[:, None] + step
+    mask = torch.arange(max_context, device=query.device) <= last[..., None]
+    heads = query[rows].transpose(1, 2)
+    output = F.scaled_dot_product_attention(heads, key, value, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
+    request = torch.arange(tables.shape[0], device=query.device)
+    request = request.repeat_interleave(counts, output_size=query.shape[0])
+    return output[request, torch.arange(query.shape[0], device=query.device) - cu_queries[request]]
+
+
 def adamw(params: list[Tensor], grads: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], **s: Any) -> None:
     """One operation after the other."""
     (beta1, beta2), step = s["betas"], s["step"]

@@ -66,6 +66,8 @@ def _cuda_items() -> list[Item]:
         *(_logprobs(N, V, BF16) for V in shapes.VOCABULARIES),
         *_linear(N, H, linear_vocab, BF16),
         *_sampling(64, 151936),
+        *(_paged_attention(R, 1024, 1) for R in (64, 256)),
+        _paged_attention(16, 2048, 512),
         _adamw(10**9 // 4),
     ]
 
@@ -77,6 +79,7 @@ def _cpu_items() -> list[Item]:
         _logprobs(128, 8000, FP32),
         *_linear(128, 256, 8000, FP32),
         *_sampling(8, 8000),
+        *(_paged_attention(16, 256, queries, heads=8, D=64, page_size=16, dtype=FP32) for queries in (1, 64)),
         _adamw(2**20),
     ]
 
@@ -135,6 +138,14 @@ def _sampling(R: int, V: int) -> list[Item]:
         Item(cases.sampling_case(R, V, name, **settings), cases.sampling_case(4, V, name, **settings))
         for name, settings in kinds
     ]
+
+
+def _paged_attention(R: int, context: int, queries: int, **sizes: Any) -> Item:
+    """Two products of each query with what it sees; 2 operations a term."""
+    case = cases.paged_attention_case(R, context, queries, **sizes)
+    heads, D = (sizes.get(name, size) for name, size in (("heads", 32), ("D", 128)))
+    flops = 4.0 * R * queries * (context - (queries - 1) / 2) * heads * D
+    return Item(case, cases.paged_attention_case(4, 70, queries, **sizes), FORWARD, (flops,), launch_bound=queries == 1)
 
 
 def _adamw(num_params: int) -> Item:
