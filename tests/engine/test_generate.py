@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppomax.engine.config import ArchitectureConfig, ModelConfig, RunConfig, SamplingConfig
 from ppomax.engine.data.batches import last_token_rows, make_packs
-from ppomax.engine.errors import DataError
+from ppomax.engine.errors import DataError, DoesNotFitError
 from ppomax.engine.models.roles import Role, make_role, random_reader
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.parallel.device import start
@@ -15,6 +15,7 @@ from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.rollout.scheduler import Scheduler
 from ppomax.kernels.sampling import sample_with_margins
 
 PAD, NO_EOS = 0, -1
@@ -282,3 +283,103 @@ def test_request_seeds_differ_in_every_argument():
 
 def test_request_seeds_of_more_prompts_begin_with_those_of_fewer():
     assert request_seeds(7, 3, 5).tolist() == request_seeds(7, 3, 9)[:5].tolist()
+
+
+def test_page_sizes_chunks_and_stop_checks_change_no_token(role, prompts):
+    eos_id = responses(respond(role, prompts, PAPER))[0][3]
+    expected = responses(respond(role, prompts, PAPER, eos_id=eos_id))
+    for changes in (
+        {"page_size": 1},
+        {"page_size": 4, "tokens_per_step": 5, "batch_size": 4},
+        {"page_size": 64, "tokens_per_step": 16, "batch_size": 3},
+        {"page_size": 8, "stop_check_every": 3},
+        {"page_size": 4, "tokens_per_step": 7, "batch_size": 6, "stop_check_every": 5},
+    ):
+        rollout = respond(role, prompts, PAPER.model_copy(update=changes), eos_id=eos_id)
+        assert responses(rollout) == expected, changes
+        assert rollout.finished.any()
+        assert not rollout.finished.all()
+
+
+def cache_gib(num_pages: int, page_size: int) -> float:
+    bytes_per_token = 2 * SHAPE.num_layers * SHAPE.num_query_groups * SHAPE.head_dim * 4
+    return num_pages * page_size * bytes_per_token / 2**30
+
+
+def test_a_full_cache_preempts_and_changes_no_token(role, prompts, monkeypatch):
+    preempted = []
+    plan = Scheduler.plan
+
+    def noting(self):
+        step = plan(self)
+        preempted.extend(() if step is None else step.preempted)
+        return step
+
+    monkeypatch.setattr(Scheduler, "plan", noting)
+    expected = responses(respond(role, prompts, PAPER))
+    assert not preempted
+    # 42 tokens at most: 11 pages for the longest request.
+    small = PAPER.model_copy(update={"page_size": 4, "cache_gib": cache_gib(13, 4)})
+    assert responses(respond(role, prompts, small)) == expected
+    assert preempted
+
+
+def test_a_cache_too_small_for_one_request_is_refused_with_the_numbers(role, prompts):
+    small = PAPER.model_copy(update={"page_size": 4, "cache_gib": cache_gib(10, 4)})
+    with pytest.raises(DoesNotFitError, match="10"):
+        respond(role, prompts, small)
+
+
+def test_several_samples_of_a_prompt_are_those_of_prompts_side_by_side(role, prompts):
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    seeds = request_seeds(5, 0, len(repeated))
+    expected = generate(role, repeated, PAPER, seeds=seeds, eos_id=NO_EOS, pad_id=PAD)
+    for changes in ({}, {"page_size": 4, "tokens_per_step": 9, "batch_size": 5}, {"page_size": 8, "batch_size": 2}):
+        sampling = PAPER.model_copy(update=changes)
+        shared = generate(role, prompts, sampling, seeds=seeds, eos_id=NO_EOS, pad_id=PAD, samples=3)
+        assert responses(shared) == responses(expected)
+    assert len({tuple(response) for response in responses(expected)}) > len(prompts)
+
+
+def test_every_request_may_have_a_limit_of_its_own(role, prompts):
+    limits = [0, 1, 5, 12, 3, 7, 0, 2, 12, 4]
+    seeds = request_seeds(1, 2, len(prompts))
+    rollout = generate(role, prompts, PAPER, seeds=seeds, eos_id=NO_EOS, pad_id=PAD, limits=limits)
+    whole = responses(respond(role, prompts, PAPER))
+    assert responses(rollout) == [response[:limit] for response, limit in zip(whole, limits, strict=True)]
+
+
+def test_a_stop_sequence_ends_a_response_and_is_kept(role, prompts):
+    whole = responses(respond(role, prompts, PAPER))
+    stop = whole[4][3:5]
+    seeds = request_seeds(1, 2, len(prompts))
+    rollout = generate(role, prompts, PAPER, seeds=seeds, eos_id=NO_EOS, pad_id=PAD, stop_sequences=[stop])
+    assert responses(rollout)[4][-2:] == stop
+    for response, longer, finished in zip(responses(rollout), whole, rollout.finished.tolist(), strict=True):
+        assert response == longer[: len(response)]
+        assert finished == (response[-2:] == stop)
+
+
+def test_eos_is_not_drawn_before_the_fewest_new_tokens(role, prompts):
+    eos_id = responses(respond(role, prompts, PAPER))[4][0]
+    assert respond(role, prompts, PAPER, eos_id=eos_id).response_mask.sum(1).min() == 1
+    sampling = PAPER.model_copy(update={"min_new_tokens": 6})
+    rollout = respond(role, prompts, sampling, eos_id=eos_id)
+    assert rollout.response_mask.sum(1).min() >= 6
+    assert all(eos_id not in response[:5] for response in responses(rollout))
+
+
+def test_tokens_are_told_as_they_come(role, prompts):
+    told: dict[int, list[int]] = {b: [] for b in range(len(prompts))}
+    seeds = request_seeds(1, 2, len(prompts))
+    eos_id = responses(respond(role, prompts, PAPER))[0][3]
+    rollout = generate(
+        role,
+        prompts,
+        PAPER.model_copy(update={"stop_check_every": 3}),
+        seeds=seeds,
+        eos_id=eos_id,
+        pad_id=PAD,
+        on_token=lambda row, token: told[row].append(token),
+    )
+    assert list(told.values()) == responses(rollout)
