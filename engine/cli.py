@@ -38,6 +38,8 @@ STAGES = {
     "evaluate": "held-out reward, KL, perplexity and sample dialogues of a policy",
 }
 TOOLS = {
+    "generate": "responses of a model to a file of prompts, one JSON row each; also under torchrun",
+    "chat": "talk to a model in this terminal",
     "convert": "what a Hugging Face folder holds: family, shape, parameters, dtypes",
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
@@ -85,6 +87,14 @@ def _dispatch(argv: list[str]) -> None:
         command = "help"
     if command in STAGES:
         _stage(command, rest)
+    elif command == "generate":
+        from ppomax.tools.generate import main as generate
+
+        generate(rest)
+    elif command == "chat":
+        from ppomax.tools.chat import main as chat
+
+        chat(rest)
     elif command == "convert":
         from ppomax.tools.convert import main as convert
 
