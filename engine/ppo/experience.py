@@ -12,6 +12,10 @@ from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished
 from ppomax.engine.ppo.scoring import full_kl, sequence_scores, token_logprobs, token_values
 from ppomax.engine.ppo.types import Experience, Rollout
 from ppomax.kernels.experience import experience as token_experience
+from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder
+
+NEAR_RATIOS = (0.5, 2.0)
+"""Ratios of trainer and sampler outside of these are counted; token importance sampling usually cuts them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,14 @@ def kept_tokens(rollout: Rollout, config: PpoConfig) -> Tensor:
     return rollout.response_mask
 
 
+def sampler_weights(experience: Experience, config: PpoConfig) -> Tensor | None:
+    """[B, T] float32: weights of ppo.rollout_correction for the policy loss; None where it is off."""
+    if config.rollout_correction == "none":
+        return None
+    log_ratio = clamped_log_ratio(experience.logprobs, experience.rollout.sampling_logprobs)
+    return log_ratio.exp().clamp_max(config.rollout_correction_cap)
+
+
 def summary(experience: Experience) -> dict[str, float]:
     """Metrics of one rollout over the global batch (ppo_max.md section 3): one host sync."""
     rollout, mask = experience.rollout, experience.rollout.response_mask
@@ -123,6 +135,22 @@ def summary(experience: Experience) -> dict[str, float]:
     }
     if experience.logprobs is not rollout.sampling_logprobs:
         # With ppo.old_logprobs = "rollout" there is nothing to compare here: first_step_kl (update.py) shows it.
-        difference = (rollout.sampling_logprobs - experience.logprobs)[mask].abs()
-        values |= {"sampler_mismatch_mean": difference.mean(), "sampler_mismatch_max": difference.max()}
+        values |= _sampler_mismatch(clamped_log_ratio(experience.logprobs, rollout.sampling_logprobs)[mask])
     return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
+
+
+def _sampler_mismatch(log_ratio: Tensor) -> dict[str, Tensor]:
+    """What tells two copies of a policy apart, from log pi_trainer - log pi_sampler [K] of the sampled tokens.
+
+    sampler_mismatch_k3: estimate of KL(sampler || trainer), nats. sampler_ratio_outside: share of the ratios outside
+    NEAR_RATIOS. token_mult_prob_error: exp of the mean difference.
+    """
+    difference, ratio = log_ratio.abs(), log_ratio.exp()
+    low, high = NEAR_RATIOS
+    return {
+        "sampler_mismatch_mean": difference.mean(),
+        "sampler_mismatch_max": difference.max(),
+        "sampler_mismatch_k3": exp_remainder(log_ratio).mean(),
+        "sampler_ratio_outside": ((ratio < low) | (ratio > high)).float().mean(),
+        "token_mult_prob_error": difference.mean().exp(),
+    }

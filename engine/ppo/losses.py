@@ -36,6 +36,7 @@ class PolicyTargets:
     rollout_logprobs: of the policy that sampled; old_logprobs: the ratio's denominator, the same or the reference's.
     moments: by which the advantages are whitened, or None. advantages and moments are of the global minibatch.
     weights: 1 / kept response tokens of the global minibatch, or 0. ptx_weights: 1 / ptx tokens of the step, or 0.
+    importance_weights: factors of the tokens' policy losses (`sampler_weights`), or None.
     entropy_sign: -1 for a bonus on entropy, +1 for a penalty (the thresholded bonus above its target).
     """
 
@@ -45,6 +46,7 @@ class PolicyTargets:
     moments: Moments | None
     weights: Tensor
     ptx_weights: Tensor
+    importance_weights: Tensor | None
     entropy_sign: float
 
 
@@ -67,6 +69,7 @@ class PolicyObjective:
             clip=config.policy_clip,
             dual_clip=config.dual_clip,
             entropy_coef=-targets.entropy_sign * config.entropy_coef,
+            importance_weights=None if targets.importance_weights is None else targets.importance_weights[pack.index],
             moments=targets.moments,
             advantage_clip=config.advantage_clip,
             objective=config.objective,

@@ -15,7 +15,7 @@ from ppomax.engine.data.batches import Rows, response_rows, unpad
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward_backward
-from ppomax.engine.ppo.experience import kept_tokens
+from ppomax.engine.ppo.experience import kept_tokens, sampler_weights
 from ppomax.engine.ppo.losses import POLICY_METRICS, VALUE_METRICS, PolicyObjective, PolicyTargets, ValueObjective
 from ppomax.engine.ppo.scoring import token_logprobs
 from ppomax.engine.ppo.types import Experience, Rollout
@@ -105,6 +105,7 @@ def _policy_gradients(
     ptx_sequences, ptx_rows, num_ptx = dialogue_rows(dialogues, first_index=num_columns)
     rows = Rows([*rows.rows, *ptx_rows.rows], [*rows.labels, *ptx_rows.labels], [*rows.index, *ptx_rows.index])
     padding = torch.zeros(num_ptx, device=device)
+    correction = sampler_weights(batch, config)
     targets = PolicyTargets(
         old_logprobs=torch.cat([batch.old_logprobs.flatten(), padding]),
         rollout_logprobs=torch.cat([batch.logprobs.flatten(), padding]),
@@ -113,6 +114,7 @@ def _policy_gradients(
         moments=masked_moments(batch.advantages, mask) if config.advantage_norm else None,
         weights=torch.cat([weights.flatten(), padding]),
         ptx_weights=torch.cat([torch.zeros(num_columns, device=device), padding + 1 / max(1, num_ptx)]),
+        importance_weights=None if correction is None else torch.cat([correction.flatten(), padding]),
         entropy_sign=_entropy_sign(policy, batch, weights, settings),
     )
     packs = role_packs(policy, [*sequences, *ptx_sequences], rows, settings.tokens_per_microbatch)

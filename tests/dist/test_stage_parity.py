@@ -29,7 +29,12 @@ WEIGHT_SHARE = 0.05
 """Of lr * steps: Adam makes a full step of what little noise a vanishing gradient has."""
 PASS_THROUGH_ZERO = dict.fromkeys(("policy_loss", "approx_kl", "kl", "kl_estimate", "advantage_mean"), 2e-6)
 """Absolute tolerances of means whose terms, of size 1, cancel."""
-NOISE = {"sampler_mismatch_mean": 1e-5, "sampler_mismatch_max": 1e-4, "first_step_kl": 1e-8}
+NOISE = {
+    "sampler_mismatch_mean": 1e-5,
+    "sampler_mismatch_max": 1e-4,
+    "sampler_mismatch_k3": 1e-8,
+    "first_step_kl": 1e-8,
+}
 """Bounds of what is rounding noise itself."""
 
 MEGATRON = {

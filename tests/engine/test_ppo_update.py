@@ -13,7 +13,7 @@ from ppomax.engine.models.roles import as_scalar, make_role, random_reader, role
 from ppomax.engine.models.shape import shape_from_init
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.ppo import update as ppo_update
-from ppomax.engine.ppo.experience import Models, kept_tokens, make_experience, summary
+from ppomax.engine.ppo.experience import Models, kept_tokens, make_experience, sampler_weights, summary
 from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.scoring import token_logprobs, token_values
 from ppomax.engine.ppo.update import UpdateSettings, take, update
@@ -322,3 +322,63 @@ def test_the_samplers_own_logprobs_are_compared_in_the_first_step(models, rollou
     counter = StepCounter(0, 10, 0)
     stats = update(models.policy, models.critic, experience, None, settings_for(config), counter, torch.Generator())
     assert 0 <= stats["first_step_kl"] < 1e-8
+
+
+def off_by(rollout, difference):
+    """The rollout of a sampler whose log-probs lie `difference` [B, T] below the trainer's."""
+    return replace(rollout, sampling_logprobs=(rollout.sampling_logprobs - difference) * rollout.response_mask)
+
+
+def test_summary_measures_how_far_sampler_and_trainer_are_apart(models, rollout):
+    mask = rollout.response_mask
+    difference = torch.zeros(mask.shape)
+    columns = mask[0].nonzero().squeeze(1)
+    difference[0, columns[0]], difference[0, columns[1]] = math.log(3), -0.5
+    metrics = summary(experience_of(off_by(rollout, difference), models))
+    num_tokens = int(mask.sum())
+    assert metrics["sampler_mismatch_mean"] == pytest.approx((math.log(3) + 0.5) / num_tokens, abs=1e-5)
+    assert metrics["sampler_mismatch_max"] == pytest.approx(math.log(3), abs=1e-4)
+    k3 = (3 - 1 - math.log(3)) + (math.exp(-0.5) - 1 + 0.5)
+    assert metrics["sampler_mismatch_k3"] == pytest.approx(k3 / num_tokens, abs=1e-5)
+    assert metrics["sampler_ratio_outside"] == pytest.approx(1 / num_tokens)
+    assert metrics["token_mult_prob_error"] == pytest.approx(math.exp((math.log(3) + 0.5) / num_tokens), abs=1e-5)
+
+
+TRUNCATED = BASE.model_copy(update={"rollout_correction": "truncated", "rollout_correction_cap": 1.5})
+
+
+def test_the_rollout_correction_is_nothing_where_sampler_and_trainer_agree(models, rollout):
+    experience = experience_of(rollout, models)
+    experience = replace(experience, rollout=replace(rollout, sampling_logprobs=experience.logprobs))
+    assert torch.equal(sampler_weights(experience, TRUNCATED), torch.ones(rollout.response_mask.shape))
+    _, plain = policy_gradient(models, experience, BASE)
+    _, corrected = policy_gradient(models, experience, TRUNCATED)
+    assert torch.equal(plain, corrected)
+
+
+def test_the_rollout_correction_weighs_each_token_by_its_ratio_up_to_the_cap(models, rollout):
+    """The gradient is that of advantages times the weights: before the first step no ratio is clipped."""
+    difference = torch.linspace(-1, 1, rollout.response_mask.numel()).view(rollout.response_mask.shape)
+    experience = experience_of(off_by(rollout, difference), models, TRUNCATED)
+    weights = difference.exp().clamp_max(1.5)
+    assert 0 < (weights == 1.5).sum() < weights.numel()
+    mask = rollout.response_mask
+    torch.testing.assert_close(sampler_weights(experience, TRUNCATED)[mask], weights[mask], rtol=1e-4, atol=0)
+    _, corrected = policy_gradient(models, experience, TRUNCATED)
+    weighted = replace(experience, advantages=experience.advantages * weights)
+    _, expected = policy_gradient(models, weighted, BASE)
+    torch.testing.assert_close(corrected, expected, rtol=1e-3, atol=1e-6)
+    assert (corrected - policy_gradient(models, experience, BASE)[1]).abs().max() > 1e-3
+
+
+def test_the_rollout_correction_leaves_rewards_and_kl_alone(models, rollout):
+    difference = torch.full(rollout.response_mask.shape, 0.7)
+    plain, corrected = (experience_of(off_by(rollout, difference), models, config) for config in (BASE, TRUNCATED))
+    for name in ("kl", "token_rewards", "advantages", "returns"):
+        assert torch.equal(getattr(plain, name), getattr(corrected, name))
+    assert sampler_weights(plain, BASE) is None
+
+
+def test_the_rollout_correction_needs_the_trainers_own_logprobs():
+    with pytest.raises(ValueError, match="nothing to compare the sampler with"):
+        PpoConfig(preset="none", rollout_correction="truncated", old_logprobs="rollout")
