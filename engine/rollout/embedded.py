@@ -1,0 +1,86 @@
+"""The embedded generator (generate.py) behind the protocol: it samples from the role's own weights, without a copy."""
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ppomax.engine.config import SamplingConfig
+from ppomax.engine.models.roles import Role
+from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout.backend import Completion, FinishReason, RolloutRequest, finished_early
+from ppomax.engine.rollout.generate import generate
+
+
+class EmbeddedBackend:
+    """A RolloutBackend. It has no memory of its own between two calls of generate, so sleep and wake do nothing.
+
+    eos_id: ends a response; negative: nothing does. max_length: tokens of prompt and response, where the model's
+    context is not to be used to its end.
+    """
+
+    def __init__(self, role: Role, *, eos_id: int, max_length: int | None = None) -> None:
+        self._role, self._eos_id = role, eos_id
+        context = role.shape.max_position_embeddings
+        self._context = min(context, max_length or context)
+        self._version = 0
+        self._aborted: set[int] = set()
+
+    def setup(self) -> None: ...
+
+    def load(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        """Notes the version. The tensors are those of the role, so they are not read, on no rank."""
+        self._version = version
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
+        """Requests run together with those of the same sampling settings and stop sequences."""
+        results: dict[int, Completion] = {}
+        alike: dict[tuple[SamplingConfig, tuple[tuple[int, ...], ...]], list[int]] = {}
+        for b, request in enumerate(requests):
+            early = finished_early(
+                request,
+                aborted=self._aborted,
+                vocab_size=self._role.shape.vocab_size,
+                context=self._context,
+                version=self._version,
+            )
+            if early is not None:
+                results[b] = early
+            else:
+                alike.setdefault((request.sampling, request.stop_sequences), []).append(b)
+        for (sampling, stop_sequences), members in alike.items():
+            rollout = generate(
+                self._role,
+                [requests[b].prompt for b in members],
+                sampling,
+                seeds=torch.tensor([requests[b].seed for b in members]),
+                eos_id=self._eos_id,
+                pad_id=0,
+                max_length=self._context,
+                limits=[requests[b].max_new_tokens for b in members],
+                stop_sequences=stop_sequences,
+            )
+            results |= zip(members, self._completions(rollout), strict=True)
+        self._aborted.clear()
+        return [results[b] for b in range(len(requests))]
+
+    def abort(self, ids: Collection[int]) -> None:
+        """Holds for the next generate: one that runs goes on to its end."""
+        self._aborted.update(ids)
+
+    def sleep(self, level: int) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _completions(self, rollout: Rollout) -> list[Completion]:
+        completions = []
+        rows = (rollout.tokens, rollout.sampling_logprobs, rollout.prompt_lengths, rollout.lengths, rollout.finished)
+        for tokens, logprobs, start, end, finished in zip(*(x.tolist() for x in rows), strict=True):
+            response = tuple(tokens[start:end])
+            reason: FinishReason = "length"
+            if finished:
+                reason = "eos" if response[-1] == self._eos_id else "stop"
+            completions.append(Completion(response, tuple(logprobs[start - 1 : end - 1]), reason, self._version))
+        return completions
