@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppomax.engine.config import SamplingConfig
-from ppomax.engine.errors import DataError
+from ppomax.engine.errors import DataError, DoesNotFitError
 from ppomax.engine.models.roles import Role, check_vocabulary
 from ppomax.engine.parallel.stages import sum_over_replicas
 from ppomax.engine.ppo.types import Rollout
@@ -69,7 +69,9 @@ def generate(
     batch = Batch(rows, max_lengths, seeds, role.device)
     share = _share_of_replica(batch, samples, role)
     stop = StopRule(eos_id, tuple(map(tuple, stop_sequences)), sampling.min_new_tokens)
-    _run(_flights(role, batch, share, samples, sampling, stop, on_token), _stop_check_every(sampling, role))
+    affordable = _affordable_pages(role, batch, sampling)
+    flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
+    _run(flights, _stop_check_every(sampling, role))
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
 
@@ -123,6 +125,7 @@ def _flights(
     sampling: SamplingConfig,
     stop: StopRule,
     on_token: Callable[[int, int], None] | None,
+    affordable: int | None,
 ) -> list[Flight]:
     """As many as there are pipeline stages, as far as the requests go, with equal parts of cache and places."""
     requests = [
@@ -142,7 +145,7 @@ def _flights(
     max_running = -(-sampling.batch_size // num_flights)
     members = [set(prompts[flight::num_flights]) for flight in range(num_flights)]
     parts = [[request for request in requests if request.index // samples in own] for own in members]
-    num_pages = _num_pages(role, parts, max_running, sampling)
+    num_pages = _num_pages(parts, max_running, sampling, affordable)
     limits = Limits(
         max_running=max_running,
         tokens_per_step=max(sampling.tokens_per_step, max_running),
@@ -153,30 +156,45 @@ def _flights(
     return [Flight(role, batch, part, limits, sampling, stop, on_token) for part in parts]
 
 
-def _num_pages(role: Role, parts: list[list[Request]], max_running: int, sampling: SamplingConfig) -> int:
-    """Pages of each flight: for the longest requests that may run together, as far as the budget goes."""
-    needed = 0
-    for part in parts:
-        longest = sorted((len(request.prompt) + request.max_new_tokens for request in part), reverse=True)[:max_running]
-        needed = max(needed, sum(pages_for(length, sampling.page_size) for length in longest))
+def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int | None:
+    """Pages of one flight that the memory budget allows, the same on every rank; None where nothing limits them.
+
+    Raises DoesNotFitError, on every rank, where the longest request does not fit them.
+    """
     budget = sampling.cache_gib * GIB
     if budget == 0 and role.device.type == "cuda":
         budget = CACHE_SHARE * torch.cuda.mem_get_info(role.device)[0]
     if budget == 0:
-        return needed
-    weight = next(role.stage.parameters())
-    affordable = num_pages_for_budget(
-        int(budget / len(parts)),
+        return None
+    pages = num_pages_for_budget(
+        int(budget / role.groups.layout.pp),
         page_size=sampling.page_size,
         num_layers=len(role.stage.decoder.layers),
         num_groups=local_groups(role.stage),
         head_dim=role.shape.head_dim,
-        itemsize=weight.element_size(),
+        itemsize=next(role.stage.parameters()).element_size(),
     )
-    # Stages may differ in layers and GPUs in free memory, but all must plan the same steps.
-    fewest = torch.tensor(min(needed, affordable), device=role.device)
-    dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=role.groups.megatron.mp)
+    # Stages may differ in layers and GPUs in free memory.
+    fewest = torch.tensor(pages, device=role.device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=role.groups.megatron.intra_dist_opt)
+    longest = max(batch.max_lengths)
+    if pages_for(longest, sampling.page_size) > int(fewest):
+        raise DoesNotFitError(
+            f"a request of {longest} tokens needs {pages_for(longest, sampling.page_size)} pages of "
+            f"{sampling.page_size} tokens in the key / value cache, but {budget / GIB:.3g} GiB hold {int(fewest)} "
+            f"(for each of {role.groups.layout.pp} pipeline stages in flight); raise sampling.cache_gib, "
+            "or lower sampling.max_new_tokens or data.max_length"
+        )
     return int(fewest)
+
+
+def _num_pages(parts: list[list[Request]], max_running: int, sampling: SamplingConfig, affordable: int | None) -> int:
+    """Pages of each flight: for the longest requests that may run together, as far as they are affordable."""
+    needed = 0
+    for part in parts:
+        longest = sorted((len(request.prompt) + request.max_new_tokens for request in part), reverse=True)[:max_running]
+        needed = max(needed, sum(pages_for(length, sampling.page_size) for length in longest))
+    return needed if affordable is None else min(needed, affordable)
 
 
 def _stop_check_every(sampling: SamplingConfig, role: Role) -> int:
