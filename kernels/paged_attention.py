@@ -36,6 +36,7 @@ def paged_attention(
     Nothing that no query sees is used, whatever stands there. Softmax in fp32, rounded once in 16-bit types.
     Returns [N, heads, d] in query's dtype; padding is 0. Triton gives a request the same bits whatever else is in the
     batch, its page size and max_query; those of a single query change with max_context above 8192 (by powers of two).
+    The reference gives them up to rounding. Results differ by rounding between a chunk of one query and larger ones.
     Never waits for the device. Raises ValueError on shapes, types or strides that do not fit.
     Source: online softmax split over the context (Dao et al. 2023, "Flash-Decoding").
     """
