@@ -128,22 +128,21 @@ def _attend(
     """
     num_tokens, num_heads, head_dim = query.shape
     num, groups, max_context, _ = key.shape
-    column = torch.arange(max_context, device=query.device)
+    mask = None
     if batch.max_query == 1:
         # The query heads of a group stand along the query axis: they share its keys, and nothing is repeated.
         heads = query[requests.first.clamp(max=num_tokens - 1)].view(num, groups, -1, head_dim)
-        is_even = batch.min_context == max_context
-        mask = None if is_even else (column < requests.contexts[:, None])[:, None, None]
+        if batch.min_context < max_context:
+            mask = (torch.arange(max_context, device=query.device) < requests.contexts[:, None])[:, None, None]
         result = scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=scale)
         output[torch.where(requests.counts > 0, requests.first, num_tokens)] = result.reshape(num, num_heads, head_dim)
         return
     step = torch.arange(batch.max_query, device=query.device)
     row = torch.where(step < requests.counts[:, None], requests.first[:, None] + step, num_tokens)  # [n, max_query]
     heads = query[row.clamp(max=num_tokens - 1)].transpose(1, 2)
-    mask = None
     if not batch.is_fresh:
         position = (requests.contexts - requests.counts)[:, None] + step
-        mask = (column <= position[..., None])[:, None]
+        mask = (torch.arange(max_context, device=query.device) <= position[..., None])[:, None]
     # No token of a fresh prompt sees the padding behind it.
     result = scaled_dot_product_attention(
         heads, key, value, attn_mask=mask, is_causal=batch.is_fresh, scale=scale, enable_gqa=True
