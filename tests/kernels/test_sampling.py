@@ -374,7 +374,7 @@ def test_draws_do_not_depend_on_a_constant_in_the_logits(shift: float) -> None:
 
 def test_a_tiny_temperature_takes_the_largest() -> None:
     logits = torch.tensor([[30.0, 29.99, -30.0], [-30.0, 0.0, -1.0]])
-    tokens, _, margins, sampling_logprobs = draw(logits, temperature=1e-8)
+    tokens, _, margins, sampling_logprobs = draw(logits, temperature=1e-4)
     assert tokens.tolist() == [0, 1]
     assert margins.isfinite().all()
     assert (sampling_logprobs == 0).all()

@@ -147,5 +147,5 @@ def test_compiles_as_one_graph_and_is_a_sound_operator() -> None:
 
 def test_unequal_shapes_are_named() -> None:
     x, mask = random_case()
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="expected one shape"):
         whiten(x, mask[:2])
