@@ -408,6 +408,25 @@ def test_a_kept_prompt_goes_before_a_running_request_is_preempted() -> None:
     assert entries(steps)[1:] == [[(1, length, 1, True)] for length in range(2, 7)] + [[(2, 0, 3, True)]]
 
 
+def test_a_kept_prompt_is_taken_by_one_after_the_other() -> None:
+    requests = [Request(0, (1, 2, 3), 1), *(Request(index, (1, 2, 3), index, parent=0) for index in (1, 2))]
+    steps = next_steps(Scheduler(requests, replace(AMPLE, max_running=1)), 3)
+    assert entries(steps) == [[(0, 0, 3, True)], [(1, 2, 1, True)], [(2, 2, 1, True)]]
+
+
+def test_a_kept_prompt_goes_when_a_running_request_has_it_too() -> None:
+    requests = [Request(0, (1, 2), 1), *(Request(index, (1, 2), 9, parent=0) for index in (1, 2))]
+    scheduler = Scheduler(requests, replace(AMPLE, max_running=1))
+    next_steps(scheduler, 3)
+    assert scheduler.num_free_pages == AMPLE.num_pages - len(scheduler.page_table(1))
+
+
+def test_a_kept_prompt_goes_where_only_the_copy_of_its_last_page_does_not_fit() -> None:
+    requests = [Request(0, (1, 2, 3, 4, 5, 6), 1), Request(1, (1, 2, 3, 4, 5, 6), 2, parent=0)]
+    scheduler = Scheduler(requests, replace(AMPLE, num_pages=2))
+    assert entries(next_steps(scheduler, 2)) == [[(0, 0, 6, True)], [(1, 0, 6, True)]]
+
+
 def test_a_kept_prompt_stays_until_the_step_that_copies_it_is_over() -> None:
     requests = [
         Request(0, (1, 2, 3), 1),
