@@ -150,3 +150,21 @@ def test_bad_arguments_are_named() -> None:
         sample(normal(B, V), temperature=1e-8, seeds=seeds, **settings)
     with pytest.raises(ValueError, match="int32"):
         sample(normal(B, V), temperature=1.0, seeds=seeds.int(), **settings)
+
+
+def test_linear_operations_write_every_entry_of_what_they_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels, *vectors = linear_case()
+
+    def results() -> list[Tensor]:
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_policy_loss(*leaves, labels, *vectors, clip=0.2, entropy_coef=0.1, chunk_rows=2, vocab_size=9)
+        logprobs, entropy = linear_logprobs(*leaves, labels, chunk_rows=2, vocab_size=9)
+        kl = linear_full_kl(hidden, weight, hidden + 1, weight, labels >= 0, chunk_rows=2, vocab_size=9)
+        grads = [torch.autograd.grad(x, leaves) for x in (loss.loss, (logprobs + entropy).sum())]
+        return [*loss, logprobs, entropy, kl, *grads[0], *grads[1]]
+
+    wanted = results()
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _original=original, **k: _original(*a, **k).fill_(float("nan")))
+    torch.testing.assert_close(results(), wanted, rtol=0, atol=0)
