@@ -2,8 +2,11 @@
 
 Every operation `<op>` has three files: `<op>.py` (the public function: checks, custom operator, autograd),
 `<op>_reference.py` (the equation in torch, the definition) and `<op>_triton.py` (kernels and launchers). The last two
-offer functions of the same names.
+offer functions of the same names. Some forward passes, those of generation, have a C version for CPUs besides.
 Nothing here imports triton: a process that never uses a Triton version never loads it.
+
+The environment variable PPOMAX_KERNELS narrows the choice: "reference" leaves the torch references, "cpu" what a
+machine without a GPU has (no interpreted Triton).
 """
 
 import os
@@ -12,20 +15,35 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
+
+from ppomax.kernels import native
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
     """Whether Triton computes on these tensors; tensors that are None do not count.
 
-    True when triton is installed, the environment does not say PPOMAX_KERNELS=reference, and either every tensor is on
-    CUDA or Triton interprets its kernels (TRITON_INTERPRET=1).
+    True when triton is installed, the environment allows it, and either every tensor is on CUDA or Triton interprets
+    its kernels (TRITON_INTERPRET=1).
     """
-    if os.environ.get("PPOMAX_KERNELS") == "reference":
+    if os.environ.get("PPOMAX_KERNELS") in ("reference", "cpu"):
         return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     on_cuda = all(tensor.is_cuda for tensor in tensors if tensor is not None)
     return (interpreted or on_cuda) and _triton_is_installed()
+
+
+def use_c(*tensors: Tensor | None) -> bool:
+    """Whether the C kernels (native.py) compute on these tensors, where an operation has one: float32 on a CPU, unless
+    Triton does or the environment asks for the reference.
+    """
+    if os.environ.get("PPOMAX_KERNELS") == "reference" or use_triton(*tensors):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (tensor.is_cuda or (tensor.is_floating_point() and tensor.dtype != torch.float32)):
+            return False
+    return native.load() is not None
 
 
 def implementation(op: str, *tensors: Tensor | None) -> ModuleType:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.library import custom_op
 
-from ppomax.kernels.dispatch import implementation
+from ppomax.kernels import sampling_c
+from ppomax.kernels.dispatch import implementation, use_c
 from ppomax.kernels.numerics import rows_of
 from ppomax.kernels.sampling_reference import BANNED, SEEN
 from ppomax.kernels.shards import group_name, group_of, group_size
@@ -153,7 +154,8 @@ def _sample(
     vocab_size: int,
     tp_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation("sampling", logits, seeds, positions, marks).sample(
+    version = sampling_c if use_c(logits, seeds, positions, marks) else implementation("sampling", logits, seeds, marks)
+    return version.sample(
         logits,
         temperature=temperature,
         top_p=top_p,

@@ -61,19 +61,7 @@ def sample(
     first = first_column(columns, tp_group)
     ids = torch.arange(first, first + columns, device=logits.device)
     logits = torch.where(ids < vocab_size, logits.float(), -torch.inf)
-    scores = logits
-    is_banned = None
-    if marks is not None:
-        # As tensors, since torch multiplies by the reciprocal when it divides by a number on a GPU.
-        penalty = logits.new_full((), repetition_penalty)
-        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-        marks = marks[:, first : first + columns]
-        marks = pad(marks, (0, columns - marks.shape[1]))
-        scores = torch.where((marks & SEEN) != 0, penalised, scores)
-        is_banned = (marks & BANNED) != 0
-    if temperature > 0:
-        scores = scores / logits.new_full((), temperature)
-    scores = torch.where(scores.isnan() if is_banned is None else scores.isnan() | is_banned, -torch.inf, scores)
+    scores = modified(logits, temperature=temperature, repetition_penalty=repetition_penalty, marks=marks, first=first)
     noisy = scores.double()
     if temperature > 0:
         scores = filtered(scores, top_k=top_k, top_p=top_p, tp_group=tp_group)
@@ -89,8 +77,39 @@ def sample(
         logits.double().logsumexp(dim=1, keepdim=True),
         scores.double().logsumexp(dim=1, keepdim=True),
     ]
-    shards = gather_shards(torch.cat([x.double() for x in record], dim=1), tp_group)  # [tp, R, 7]
-    best, second, tokens, logits, scores, log_total, score_log_total = shards.unbind(dim=2)  # [tp, R]
+    return combined(torch.cat([x.double() for x in record], dim=1), temperature, tp_group)
+
+
+def modified(
+    logits: Tensor, *, temperature: float, repetition_penalty: float, marks: Tensor | None, first: int
+) -> Tensor:
+    """Logits [R, V/tp] float32, whose first column is token id `first`, after penalty and temperature; -inf for what
+    is banned, and for NaN.
+    """
+    scores, columns = logits, logits.shape[1]
+    is_banned = None
+    if marks is not None:
+        # As tensors, since torch multiplies by the reciprocal when it divides by a number on a GPU.
+        penalty = logits.new_full((), repetition_penalty)
+        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+        marks = marks[:, first : first + columns]
+        marks = pad(marks, (0, columns - marks.shape[1]))
+        scores = torch.where((marks & SEEN) != 0, penalised, scores)
+        is_banned = (marks & BANNED) != 0
+    if temperature > 0:
+        scores = scores / logits.new_full((), temperature)
+    return torch.where(scores.isnan() if is_banned is None else scores.isnan() | is_banned, -torch.inf, scores)
+
+
+def combined(
+    record: Tensor, temperature: float, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `sample` returns, from what each rank found in its columns.
+
+    record [R, 7] float64: best and second best score with noise; of the best one token id, logit and score; logsumexp
+    of the logits and of the scores.
+    """
+    best, second, tokens, logits, scores, log_total, score_log_total = gather_shards(record, tp_group).unbind(dim=2)
     winner = best.argmax(dim=0, keepdim=True)  # the lowest rank, so the lowest id, among equals
     rivals = best.scatter(0, winner, second.gather(0, winner)).amax(dim=0)
     logprobs = logits.gather(0, winner)[0] - log_total.logsumexp(dim=0)

@@ -1,4 +1,4 @@
-"""Self-attention over packed sequences, for training and for decoding with a key / value cache.
+"""Self-attention over packed sequences, for training and scoring (generation: rollout/inference.py).
 
 Every tensor is packed: sequences end to end along one token axis, no padding. What the layers need to know of the
 packing travels as `PackedSequences` in the place of Megatron's `packed_seq_params`, so that its blocks, recomputation
@@ -10,12 +10,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -24,21 +25,13 @@ from ppomax.engine.models.shape import ModelShape
 from ppomax.kernels.rope import rope
 
 
-class KeyValueCache(Protocol):
-    """What attention asks of a cache while decoding (rollout/paged_cache.py)."""
-
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Appends key and value [N, groups, head_dim] and returns the attention output [N, heads, head_dim]."""
-        ...
-
-
 @dataclass(frozen=True)
 class PackedSequences:
     """The packing of N tokens.
 
     cu_seqlens [n + 1] int32: where each sequence starts, and N. max_seqlen: the longest one.
     cos, sin [N, head_dim / 2] float32: rotary factors of each token's position.
-    backend: attention kernel, one of "flash_attn", "varlen", "sdpa". cache: set while decoding.
+    backend: attention kernel, one of "flash_attn", "varlen", "sdpa".
     """
 
     cu_seqlens: Tensor
@@ -46,7 +39,6 @@ class PackedSequences:
     cos: Tensor
     sin: Tensor
     backend: str
-    cache: KeyValueCache | None = None
 
 
 class PackedSelfAttention(SelfAttention):
@@ -60,9 +52,7 @@ class PackedSelfAttention(SelfAttention):
         pack: PackedSequences = kwargs["packed_seq_params"]
         query, key, value = self._query_key_value(hidden_states)
         query, key = rope(query, pack.cos, pack.sin), rope(key, pack.cos, pack.sin)
-        if pack.cache is not None:
-            output = pack.cache.attend(self.layer_number, query, key, value)
-        elif self.checkpoint_core_attention and self.training:
+        if self.checkpoint_core_attention and self.training:
             output = checkpoint(lambda q, k, v: packed_attention(q, k, v, pack), False, query, key, value)
         else:
             output = packed_attention(query, key, value, pack)
@@ -72,26 +62,30 @@ class PackedSelfAttention(SelfAttention):
     def _query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N(/tp), 1, H] -> query [N, heads/tp, head_dim], key and value [N, groups/tp, head_dim]."""
         mixed, _ = self.linear_qkv(hidden_states)
-        mixed = mixed.squeeze(1)  # [N, (groups * (heads_per_group + 2) * head_dim) / tp]
-        config, tp = self.config, self.pg_collection.tp
-        groups, head_dim = config.num_query_groups, config.kv_channels
-        heads_per_group = config.num_attention_heads // groups
-        ranks_per_group = max(1, tp.size() // groups)
-        if ranks_per_group > 1:
-            # A group spans several ranks: gather, keep this rank's whole group, then its query heads.
-            mixed = _gather_columns(mixed, tp)
-            group_size = mixed.shape[-1] // groups
-            start = tp.rank() // ranks_per_group * group_size
-            mixed = mixed[:, start : start + group_size]
-        local_groups = max(1, groups // tp.size())
-        mixed = mixed.view(mixed.shape[0], local_groups, (heads_per_group + 2) * head_dim)
-        query, key, value = mixed.split([heads_per_group * head_dim, head_dim, head_dim], dim=2)
-        query = query.reshape(query.shape[0], -1, head_dim)
-        if ranks_per_group > 1:
-            query = query.chunk(ranks_per_group, dim=1)[tp.rank() % ranks_per_group]
-        if config.qk_layernorm:
+        mixed = own_groups(mixed.squeeze(1), self.config, self.pg_collection.tp)
+        query, key, value = mixed.split([mixed.shape[2] - 2, 1, 1], dim=2)
+        query, key, value = query.reshape(mixed.shape[0], -1, mixed.shape[3]), key.squeeze(2), value.squeeze(2)
+        if self.config.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
+
+
+def own_groups(mixed: Tensor, config: TransformerConfig, tp: dist.ProcessGroup) -> Tensor:
+    """This rank's heads [N, groups, heads_per_group + 2, head_dim], group by group: query heads, key, value.
+
+    mixed: what Megatron's linear_qkv gives this rank, [N, num_groups * (heads_per_group + 2) * head_dim / tp]. Where
+    there are fewer groups than ranks, several ranks have the same group and each has some of its query heads.
+    """
+    groups, head_dim = config.num_query_groups, config.kv_channels
+    heads_per_group = config.num_attention_heads // groups
+    ranks_per_group = max(1, tp.size() // groups)
+    if ranks_per_group == 1:
+        return mixed.view(mixed.shape[0], -1, heads_per_group + 2, head_dim)
+    mixed = _gather_columns(mixed, tp).view(mixed.shape[0], groups, heads_per_group + 2, head_dim)
+    group, part = divmod(tp.rank(), ranks_per_group)
+    mixed = mixed[:, group : group + 1]
+    queries = mixed[:, :, :heads_per_group].chunk(ranks_per_group, dim=2)[part]
+    return torch.cat([queries, mixed[:, :, heads_per_group:]], dim=2)
 
 
 class _GatherColumns(torch.autograd.Function):

@@ -31,7 +31,6 @@ from torch import Tensor
 from ppomax.engine.config import ModelConfig
 from ppomax.engine.data.batches import Pack
 from ppomax.engine.models.attention import (
-    KeyValueCache,
     NoCoreAttention,
     PackedSelfAttention,
     PackedSequences,
@@ -109,12 +108,12 @@ class PackedModel(GPTModel):
     def _scalar_head(self) -> ScalarHead:
         return self.output_layer if self.shape.scalar else self.scalar_head
 
-    def forward(self, pack: Pack, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, pack: Pack) -> Tensor:
         """Hidden states [N(/tp), 1, H] of this stage; on the last stage those of the rows that the pack selects, [M,
         H].
         """
         cos, sin = rotary_factors(pack.positions, self.shape)
-        packed = PackedSequences(pack.cu_seqlens, pack.max_seqlen, cos, sin, self.backend, cache)
+        packed = PackedSequences(pack.cu_seqlens, pack.max_seqlen, cos, sin, self.backend)
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=pack.tokens[None], position_ids=pack.positions[None])

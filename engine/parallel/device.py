@@ -3,6 +3,7 @@
 `start` is the first call of every stage: it must run before a megatron model is built.
 """
 
+import contextlib
 import datetime
 import logging
 import os
@@ -63,6 +64,11 @@ def _prepare_megatron_globals() -> None:
     if "model-parallel-rng" not in tracker.get_states():
         # Sequence parallelism forks this state around dropout; our models have none, so its value never matters.
         tracker.add("model-parallel-rng", 1)
+
+
+def torch_functions_as_they_are() -> contextlib.AbstractContextManager:
+    """Within it no CPU backend stands before torch's functions, for code that does not name CUDA and makes many calls."""
+    return torch._C.DisableTorchFunction()
 
 
 def stop() -> None:

@@ -17,8 +17,8 @@ class Batch:
     prompts, max_lengths: known to the host; max_lengths in tokens of prompt and response. seeds [B] int64.
     tokens [B, S] int64: prompt and response. logprobs, drawn_logprobs, margins [B, S] float32, at the place of each
     drawn token: of the unmodified T = 1 distribution, of the distribution drawn from, by how much the token won.
-    lengths [B] int64: tokens of prompt and response; finished [B] int64: 1 where EOS or a stop sequence ended it. Both
-    are of the host, and follow the tokens as the host reads them.
+    lengths: tokens of prompt and response; finished: 1 where EOS or a stop sequence ended it, else 0. Both are of the
+    host, [B], and follow the tokens as the host reads them.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class Batch:
             row[: len(prompt)] = torch.tensor(prompt)
         self.tokens = tokens.to(device)
         self.logprobs, self.drawn_logprobs, self.margins = torch.zeros(3, *sizes, device=device)
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts])
-        self.finished = torch.zeros_like(self.lengths)
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.finished = [0] * len(prompts)
 
     def put(self, requests: Tensor, positions: Tensor, drawn: Tensor) -> None:
         """Writes one token of each of R requests; drawn [NUM_DRAWN, R]: token, logprob, drawn_logprob, margin."""
@@ -53,8 +53,8 @@ class Batch:
     def rollout(self, pad_id: int) -> Rollout:
         """Prompts and responses, right padded to the longest; every request must have ended."""
         device = self.tokens.device
-        lengths = self.lengths.to(device)
-        width = int(self.lengths.max())
+        lengths = torch.tensor(self.lengths, device=device)
+        width = max(self.lengths)
         column = torch.arange(width, device=device)
         mask = response_mask(self.prompt_lengths, lengths, width - 1)
 
@@ -66,7 +66,7 @@ class Batch:
             prompt_lengths=self.prompt_lengths,
             lengths=lengths,
             response_mask=mask,
-            finished=self.finished.bool().to(device),
+            finished=torch.tensor(self.finished, device=device).bool(),
             sampling_logprobs=of_responses(self.logprobs),
             margins=of_responses(self.margins),
         )

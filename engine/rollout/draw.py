@@ -1,4 +1,4 @@
-"""The next token of each request, from the hidden state of its last one."""
+"""The next token of each request, from the logits after its last one."""
 
 from dataclasses import dataclass
 
@@ -22,23 +22,28 @@ class StopRule:
     sequences: tuple[tuple[int, ...], ...] = ()
     min_new_tokens: int = 0
 
-    def ends(self, response: list[int]) -> bool:
-        """Whether the response, of at least one token, ends with its last one."""
-        if len(response) < self.min_new_tokens:
+    def ends(self, token: int, before: list[int], num_prompt: int) -> bool:
+        """Whether a response ends with this token; before: prompt, of num_prompt tokens, and the response so far."""
+        num_new = len(before) - num_prompt + 1
+        if num_new < self.min_new_tokens:
             return False
-        return response[-1] == self.eos_id or any(tuple(response[-len(stop) :]) == stop for stop in self.sequences)
+        if token == self.eos_id:
+            return True
+        return any(
+            len(stop) <= num_new and (*before[len(before) + 1 - len(stop) :], token) == stop for stop in self.sequences
+        )
 
 
 def draw(
     role: Role,
-    hidden: Tensor,
+    logits: Tensor,
     batch: Batch,
     requests: Tensor,
     positions: Tensor,
     sampling: SamplingConfig,
     stop: StopRule,
 ) -> Tensor:
-    """[NUM_DRAWN, R] float64 for batch.put: requests, positions [R] of the tokens to draw, hidden [R, H] before them.
+    """[NUM_DRAWN, R] float64 for batch.put: requests, positions [R] of the tokens to draw, logits [R, V/tp] of them.
 
     Every rank of the role's tp group must call it and gets the same. Token ids are exact in float64.
     """
@@ -47,10 +52,10 @@ def draw(
     banned = None
     if stop.min_new_tokens > 0 and stop.eos_id >= 0:
         is_early = positions - batch.prompt_lengths[requests] + 1 < stop.min_new_tokens
-        banned = torch.zeros(len(requests), vocab_size, dtype=torch.bool, device=hidden.device)
+        banned = torch.zeros(len(requests), vocab_size, dtype=torch.bool, device=logits.device)
         banned[:, stop.eos_id] = is_early
     result = sample_with_margins(
-        logits(hidden, role.stage.vocabulary_weight()),
+        logits,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -64,9 +69,3 @@ def draw(
     )
     return torch.stack([x.double() for x in (result.tokens, result.logprobs, result.sampling_logprobs, result.margins)])
 
-
-def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [R, H] times the vocabulary head [V/tp, H] in float32: bfloat16 logits would be off by up to 0.4 %."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T

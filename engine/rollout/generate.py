@@ -17,11 +17,13 @@ from torch import Tensor
 from ppomax.engine.config import SamplingConfig
 from ppomax.engine.errors import DataError, DoesNotFitError
 from ppomax.engine.models.roles import Role, check_vocabulary
+from ppomax.engine.parallel.device import torch_functions_as_they_are
 from ppomax.engine.parallel.stages import sum_over_replicas
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.batch import Batch
 from ppomax.engine.rollout.draw import StopRule
 from ppomax.engine.rollout.flight import Flight
+from ppomax.engine.rollout.inference import InferenceStage
 from ppomax.engine.rollout.paged_cache import local_groups
 from ppomax.engine.rollout.pages import num_pages_for_budget, pages_for
 from ppomax.engine.rollout.scheduler import Limits, Request
@@ -70,8 +72,9 @@ def generate(
     share = _share_of_replica(batch, samples, role)
     stop = StopRule(eos_id, tuple(map(tuple, stop_sequences)), sampling.min_new_tokens)
     affordable = _affordable_pages(role, batch, sampling)
-    flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
-    _run(flights, _stop_check_every(sampling, role))
+    with torch_functions_as_they_are():
+        flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
+        _run(flights, _stop_check_every(sampling, role))
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
 
@@ -153,7 +156,8 @@ def _flights(
         page_size=sampling.page_size,
         num_pages=num_pages,
     )
-    return [Flight(role, batch, part, limits, sampling, stop, on_token) for part in parts]
+    stage = InferenceStage(role, max(batch.max_lengths))
+    return [Flight(role, stage, batch, part, limits, sampling, stop, on_token) for part in parts]
 
 
 def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int | None:
@@ -218,8 +222,9 @@ def _share_results(batch: Batch, share: list[int], role: Role) -> None:
     """Gives every rank the responses of all replicas."""
     is_own = torch.zeros(len(batch.prompts), dtype=torch.bool)
     is_own[share] = True
-    batch.lengths, batch.finished = batch.lengths.to(role.device), batch.finished.to(role.device)
+    ends = torch.tensor([batch.lengths, batch.finished], device=role.device).T
     is_own = is_own.to(role.device)
-    for result in (batch.tokens, batch.logprobs, batch.drawn_logprobs, batch.margins, batch.lengths, batch.finished):
+    for result in (batch.tokens, batch.logprobs, batch.drawn_logprobs, batch.margins, ends):
         result[~is_own] = 0
         sum_over_replicas(result, role.groups)
+    batch.lengths, batch.finished = ends.T.tolist()

@@ -1,8 +1,7 @@
 """Keys and values of the tokens that requests have behind them, in pages that the host hands out (pages.py).
 
-`PagedCache` is the memory of one pipeline stage. `PagedStep` is what attention sees of it in one step
-(`KeyValueCache` in models/attention.py): each request brings one token or a piece of its prompt, and looks back at its
-own pages.
+`PagedCache` is the memory of one pipeline stage. `PagedStep` is what attention sees of it in one step: each request
+brings one token or a piece of its prompt, and looks back at its own pages.
 """
 
 from collections.abc import Sequence
@@ -12,15 +11,13 @@ import torch
 from torch import Tensor
 
 from ppomax.engine.models.transformer import PackedModel
-from ppomax.kernels.paged_attention import paged_attention, store_pages
+from ppomax.kernels.decoding import DecodingOps
 
 
 class PagedCache:
     """Rotated keys, and values: [layers of this stage, pages, page_size, groups (/tp), head_dim] each."""
 
     def __init__(self, stage: PackedModel, *, num_pages: int, page_size: int) -> None:
-        # Layer numbers are global and start at 1.
-        self.first_layer = stage.decoder.layers[0].layer_number
         weight = next(stage.parameters())
         sizes = (len(stage.decoder.layers), num_pages, page_size, local_groups(stage), stage.shape.head_dim)
         self.keys = torch.zeros(sizes, dtype=weight.dtype, device=weight.device)
@@ -43,7 +40,7 @@ def local_groups(stage: PackedModel) -> int:
 class PagedStep:
     """Where the tokens of one step go in the cache, and what each sees: see kernels/paged_attention.py.
 
-    slots [N] int64: -1 for padding. page_tables [R, P], context_lengths [R], cu_queries [R + 1] int32.
+    int32 all: slots [N] (-1 for padding), page_tables [R, P], context_lengths [R], cu_queries [R + 1].
     """
 
     cache: PagedCache
@@ -54,11 +51,16 @@ class PagedStep:
     max_query: int
     max_context: int
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        layer = layer_number - self.cache.first_layer
+    def attend(self, ops: DecodingOps, layer: int, mixed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Stores keys and values of the step's tokens in a layer of the cache, by its number in this stage; returns the
+        output of attention [N, heads * head_dim].
+
+        mixed [N, groups, heads_per_group + 2, head_dim]: query heads, key and value of each group, not yet rotated by
+        cos, sin [N, head_dim / 2].
+        """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        store_pages(key, value, keys, values, self.slots)
-        return paged_attention(
+        query = ops.rope_store(mixed, cos, sin, keys, values, self.slots)
+        return ops.paged_attention(
             query,
             keys,
             values,
@@ -67,4 +69,4 @@ class PagedStep:
             self.cu_queries,
             max_query=self.max_query,
             max_context=self.max_context,
-        )
+        ).flatten(1)

@@ -1,0 +1,107 @@
+"""What the device is told of one step: a single vector of numbers, so that it takes one copy, and the views of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppomax.engine.rollout.scheduler import Entry
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """tokens: of the step. requests: that it serves. drawn: tokens that are drawn after it. max_query: tokens of one
+    request. width: pages of one request.
+    """
+
+    tokens: int
+    requests: int
+    drawn: int
+    max_query: int
+    width: int
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Views of a vector on the device, int32 each. N tokens of R requests, M of which draw a token afterwards.
+
+    index, positions, slots [N]: of each token the request (a row of Batch), the place in it, and that in the cache.
+    contexts [R], cu_queries [R + 1], page_tables [R, width]: see kernels/paged_attention.py.
+    rows [M]: the tokens after which one is drawn. drawn_index, drawn_positions [M]: the request and place of that one.
+    """
+
+    index: Tensor
+    positions: Tensor
+    slots: Tensor
+    contexts: Tensor
+    cu_queries: Tensor
+    page_tables: Tensor
+    rows: Tensor
+    drawn_index: Tensor
+    drawn_positions: Tensor
+
+
+def split_inputs(numbers: Tensor, sizes: StepSizes) -> StepInputs:
+    """The parts of a vector that `StepNumbers.of` made."""
+    n, r, m = sizes.tokens, sizes.requests, sizes.drawn
+    parts = numbers.split([n, n, n, r, r + 1, r * sizes.width, m, m, m])
+    return StepInputs(*parts[:5], parts[5].view(r, sizes.width), *parts[6:])
+
+
+class StepNumbers:
+    """Turns the entries of a step into such vectors. It remembers the page tables of the last step.
+
+    requests: all that may come. width: pages of the longest one.
+    """
+
+    def __init__(self, requests: Sequence[int], page_size: int, width: int) -> None:
+        self._page_size, self._width = page_size, width
+        self._place = {request: place for place, request in enumerate(requests)}
+        self._tables = np.zeros((len(requests), width), dtype=np.int32)
+        self._known: list[tuple[list[int], int]] = [([], 0)] * len(requests)
+
+    def of(self, entries: Sequence[Entry], tables: Sequence[list[int]]) -> tuple[np.ndarray, StepSizes]:
+        """tables: the pages of each entry's request."""
+        places = [self._remember(entry.request, table) for entry, table in zip(entries, tables, strict=True)]
+        request = np.array([entry.request for entry in entries], dtype=np.int32)
+        start = np.array([entry.start for entry in entries], dtype=np.int32)
+        count = np.array([entry.count for entry in entries], dtype=np.int32)
+        is_last = np.array([entry.is_last for entry in entries], dtype=bool)
+        ends = np.zeros(len(entries) + 1, dtype=np.int32)
+        np.cumsum(count, out=ends[1:])
+        num_tokens = int(ends[-1])
+        of_token = np.repeat(np.arange(len(entries)), count) if num_tokens > len(entries) else slice(None)
+        positions = (start - ends[:-1])[of_token] + np.arange(num_tokens, dtype=np.int32)
+        page_tables = self._tables[places]
+        page = page_tables[np.arange(len(entries))[of_token], positions // self._page_size]
+        numbers = (
+            request[of_token],
+            positions,
+            page * self._page_size + positions % self._page_size,
+            start + count,
+            ends,
+            page_tables.ravel(),
+            ends[1:][is_last] - 1,
+            request[is_last],
+            (start + count)[is_last],
+        )
+        sizes = StepSizes(num_tokens, len(entries), int(is_last.sum()), int(count.max()), self._width)
+        return np.concatenate(numbers, dtype=np.int32), sizes
+
+    def _remember(self, request: int, table: list[int]) -> int:
+        """Brings the row of a request up to date; returns its place. A request keeps its list while it runs."""
+        place = self._place[request]
+        known, num_known = self._known[place]
+        if table is not known or len(table) != num_known:
+            first = num_known if table is known else 0
+            self._tables[place, first : len(table)] = table[first:]
+            self._known[place] = (table, len(table))
+        return place
+
+
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """The vector on the device; the host does not wait for the copy."""
+    vector = torch.from_numpy(numbers)
+    return vector.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else vector

@@ -1,0 +1,339 @@
+// Kernels of generation on a CPU, for the *_c.py files: float32, one call per operation, no intermediate tensors.
+//
+// Compiled by native.py with the machine's C compiler. Work is split over threads by rows or requests, never within a
+// sum: results do not depend on the number of threads, nor on what else is in the batch.
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+
+#define KEYS 64 // keys whose scores are held at a time; blocks count from the start of each context
+#define ROWS 64 // query rows (queries times heads) that a thread takes through the keys together
+#define INLINE static inline __attribute__((always_inline))
+
+// e^x within 2e-7 of it for x <= 88; NaN stays NaN, what is below -87 gives e^-87.
+INLINE float exp_(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float t = x * 1.44269504088896341f;
+  const float n = rintf(t);
+  const float f = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f; // ln 2 in two parts
+  float p = 1.0f / 5040;
+  p = p * f + 1.0f / 720;
+  p = p * f + 1.0f / 120;
+  p = p * f + 1.0f / 24;
+  p = p * f + 1.0f / 6;
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  const union {
+    uint32_t i;
+    float f;
+  } power = {((uint32_t)(int32_t)n + 127) << 23};
+  return p * power.f;
+}
+
+void rms_norm(const float *x, int64_t x_stride, const float *weight, float *y, int64_t rows, int64_t size, float eps,
+              int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < rows; n++) {
+    const float *in = x + n * x_stride;
+    float *out = y + n * size, squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < size; i++) squares += in[i] * in[i];
+    const float scale = 1 / sqrtf(squares / size + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) out[i] = in[i] * scale * weight[i];
+  }
+}
+
+void swiglu(const float *gate_up, int64_t stride, float *y, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < rows; n++) {
+    const float *gate = gate_up + n * stride, *up = gate + size;
+    float *out = y + n * size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) {
+      const float negative = gate[i] > 87.0f ? -87.0f : -gate[i];
+      out[i] = gate[i] / (1 + exp_(negative > 87.0f ? 87.0f : negative)) * up[i];
+    }
+  }
+}
+
+INLINE void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t half) {
+#pragma omp simd
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i], b = x[half + i];
+    y[i] = a * cos[i] - b * sin[i];
+    y[half + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+// mixed [N, groups, heads_per_group + 2, d] contiguous; cos, sin [N, d / 2]; query [N, groups * heads_per_group, d];
+// pages [pages, page_size, groups, d] contiguous; slots [N], negative: not stored.
+void rope_store(const float *mixed, const float *cos, const float *sin, float *query, float *key_pages,
+                float *value_pages, const int32_t *slots, int64_t tokens, int64_t groups, int64_t heads_per_group,
+                int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < tokens; n++) {
+    const float *c = cos + n * (d / 2), *s = sin + n * (d / 2);
+    for (int64_t g = 0; g < groups; g++) {
+      const float *in = mixed + (n * groups + g) * (heads_per_group + 2) * d;
+      for (int64_t h = 0; h < heads_per_group; h++)
+        rotate(in + h * d, c, s, query + ((n * groups + g) * heads_per_group + h) * d, d / 2);
+      if (slots[n] < 0) continue;
+      const int64_t target = (slots[n] * groups + g) * d;
+      const float *value = in + (heads_per_group + 1) * d;
+      rotate(in + heads_per_group * d, c, s, key_pages + target, d / 2);
+      for (int64_t i = 0; i < d; i++) value_pages[target + i] = value[i];
+    }
+  }
+}
+
+typedef struct {
+  const float *key_pages, *value_pages;
+  int64_t page_size, page_stride, token_stride, group_stride;
+} Pages;
+
+// places[i]: where the keys or values of position start + i begin, in entries of the pages, for i < num <= KEYS. Those
+// behind are the last one once more: what is computed of them is not looked at.
+INLINE void find(const Pages *pages, const int32_t *table, int64_t start, int64_t num, int64_t offset, int64_t *places) {
+  int64_t page = start / pages->page_size, in_page = start % pages->page_size;
+  for (int64_t i = 0; i < num; in_page = 0, page++)
+    for (int64_t at = table[page] * pages->page_stride + offset; in_page < pages->page_size && i < num; i++, in_page++)
+      places[i] = at + in_page * pages->token_stride;
+  for (int64_t i = num; i < KEYS; i++) places[i] = places[num - 1];
+}
+
+// Sixteen neighbouring numbers; a compiler for narrower processors splits it.
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+#define LANES 16
+#define LOAD(p) (*(const vec *)(p))
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t lanes __attribute__((vector_size(64)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
+#endif
+
+// Lane i of the result is the sum of the lanes of x[i]. Overwrites x.
+INLINE vec lane_sums(vec *x) {
+  for (int i = 0; i < 8; i++)
+    x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SHUFFLE(x[2 * i], x[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  for (int i = 0; i < 4; i++)
+    x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           SHUFFLE(x[2 * i], x[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  for (int i = 0; i < 2; i++)
+    x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           SHUFFLE(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  return SHUFFLE(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         SHUFFLE(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// Of one query row: its running sum of values, divided by `total` at the end, and what the scores were taken from.
+typedef struct {
+  float *sums, peak, total;
+} Row;
+
+// scores of LANES keys, whose data begin at places[0 .. LANES - 1] of `keys`; d = parts * LANES.
+INLINE vec scores_of(const float *query, const float *keys, const int64_t *places, const int parts) {
+  vec products[LANES];
+#pragma GCC unroll 16
+  for (int t = 0; t < LANES; t++) {
+    const float *key = keys + places[t];
+    products[t] = LOAD(query) * LOAD(key);
+    for (int i = 1; i < parts; i++) products[t] += LOAD(query + i * LANES) * LOAD(key + i * LANES);
+  }
+  return lane_sums(products);
+}
+
+// Replaces scores [seen] of a row by e^(score - peak), with a new peak where one is larger, and adds them to total.
+INLINE void exponentiate(Row *row, float *scores, int64_t seen, const int parts) {
+  float peak = row->peak, total = 0;
+#pragma omp simd reduction(max : peak)
+  for (int64_t t = 0; t < seen; t++) peak = scores[t] > peak ? scores[t] : peak;
+  const float decay = exp_(row->peak - peak);
+#pragma omp simd reduction(+ : total)
+  for (int64_t t = 0; t < seen; t++) {
+    scores[t] = exp_(scores[t] - peak);
+    total += scores[t];
+  }
+  row->peak = peak, row->total = row->total * decay + total;
+  for (int i = 0; i < parts; i++) *(vec *)(row->sums + i * LANES) *= decay;
+}
+
+INLINE void add_values(float *sums, const float *scores, const float *values, const int64_t *places, int64_t seen,
+                       const int parts) {
+  vec even[parts], odd[parts]; // two chains of additions run beside each other
+  for (int i = 0; i < parts; i++) even[i] = LOAD(sums + i * LANES), odd[i] = (vec){0};
+  for (int64_t t = 0; t + 1 < seen; t += 2)
+    for (int i = 0; i < parts; i++) {
+      even[i] += scores[t] * LOAD(values + places[t] + i * LANES);
+      odd[i] += scores[t + 1] * LOAD(values + places[t + 1] + i * LANES);
+    }
+  for (int i = 0; i < parts; i++) {
+    if (seen % 2) even[i] += scores[seen - 1] * LOAD(values + places[seen - 1] + i * LANES);
+    *(vec *)(sums + i * LANES) = even[i] + odd[i];
+  }
+}
+
+// Some query heads of some queries of one request: `rows` rows, of which `width` belong to each query, the first of
+// which stands at position `first` and sees all up to itself. Row r: query + r / width * stride + r % width * d, and so
+// is its output; its group is r % width / heads. d = parts * LANES.
+INLINE void attend(const Pages *pages, const int32_t *table, int64_t group_offset, const float *query, float *output,
+                   int64_t stride, int64_t rows, int64_t width, int64_t heads, int64_t first, float scale,
+                   const int parts) {
+  const int64_t d = parts * LANES;
+  float scores[KEYS], sums[rows * d];
+  Row state[ROWS];
+  for (int64_t i = 0; i < rows * d; i++) sums[i] = 0;
+  for (int64_t r = 0; r < rows; r++) state[r] = (Row){sums + r * d, -INFINITY, 0};
+  const int64_t context = first + (rows - 1) / width + 1;
+  for (int64_t start = 0; start < context; start += KEYS) {
+    const int64_t keys = context - start < KEYS ? context - start : KEYS;
+    int64_t places[KEYS];
+    find(pages, table, start, keys, group_offset, places);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t visible = first + r / width + 1 - start, seen = visible < keys ? visible : keys;
+      if (seen <= 0) continue;
+      const float *q = query + r / width * stride + r % width * d;
+      const int64_t group = r % width / heads * pages->group_stride;
+      for (int64_t t = 0; t < seen; t += LANES)
+        *(vec *)(scores + t) = scores_of(q, pages->key_pages + group, places + t, parts) * scale;
+      exponentiate(&state[r], scores, seen, parts);
+      add_values(state[r].sums, scores, pages->value_pages + group, places, seen, parts);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int i = 0; i < parts; i++)
+      *(vec *)(output + r / width * stride + r % width * d + i * LANES) =
+          LOAD(state[r].sums + i * LANES) / state[r].total;
+}
+
+// query, output [N, groups * heads, d] contiguous, d a multiple of LANES, heads <= ROWS; see paged_attention.py for the
+// rest. Threads take turns with tiles of queries and heads.
+void paged_attention(const float *query, const float *key_pages, const float *value_pages, const int32_t *page_tables,
+                     const int32_t *context_lengths, const int32_t *cu_queries, float *output, int64_t requests,
+                     int64_t columns, int64_t groups, int64_t heads, int64_t d, int64_t page_size, int64_t page_stride,
+                     int64_t token_stride, int64_t group_stride, float scale, int threads) {
+  const Pages pages = {key_pages, value_pages, page_size, page_stride, token_stride, group_stride};
+  const int64_t all = groups * heads, whole = ROWS / heads * heads, width = all < whole ? all : whole;
+  const int64_t queries = ROWS / width;
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t tile = omp_get_thread_num();
+    const int64_t step = omp_get_num_threads();
+    for (int64_t request = 0, before = 0; request < requests; request++) {
+      const int64_t begin = cu_queries[request], count = cu_queries[request + 1] - begin;
+      const int64_t down = (count + queries - 1) / queries, across = (all + width - 1) / width;
+      for (; tile - before < down * across; tile += step) {
+        const int64_t i = (tile - before) / across * queries, column = (tile - before) % across * width;
+        const int64_t num = count - i < queries ? count - i : queries, wide = all - column < width ? all - column : width;
+        const int64_t at = ((begin + i) * all + column) * d, first = context_lengths[request] - count + i;
+        const int32_t *table = page_tables + request * columns;
+#define ATTEND(P)                                                                                                      \
+  attend(&pages, table, column / heads * group_stride, query + at, output + at, all * d, num * wide, wide, heads,      \
+         first, scale, P)
+        switch (d / LANES) { // known sizes stay in registers
+        case 2: ATTEND(2); break;
+        case 4: ATTEND(4); break;
+        case 8: ATTEND(8); break;
+        default: ATTEND(d / LANES);
+        }
+      }
+      before += down * across;
+    }
+  }
+}
+
+// ln x for x > 0, within 2e-7 and, near 1, within 2e-7 of itself.
+INLINE float log_(float x) {
+  const union {
+    float f;
+    uint32_t i;
+  } bits = {x};
+  const int32_t exponent = (int32_t)(bits.i - 0x3f3504f3u) >> 23; // mantissa in [sqrt 1/2, sqrt 2)
+  const union {
+    uint32_t i;
+    float f;
+  } mantissa = {bits.i - ((uint32_t)exponent << 23)};
+  const float s = (mantissa.f - 1) / (mantissa.f + 1), z = s * s;
+  const float series = s * (2 + z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9)))));
+  return exponent * 0.693145751953125f + (series + exponent * 1.42860682030941723e-6f);
+}
+
+// -ln(-ln u) for u = (word + 1/2) / 2^32; -ln u comes from 1 - u where that is small.
+INLINE float gumbel(uint32_t word) {
+  const float u = ((float)word + 0.5f) * 0x1p-32f, v = ((float)~word + 0.5f) * 0x1p-32f;
+  const float s = v / (2 - v), z = s * s;
+  const float small = s * (2 + z * (2.0f / 3 + z * (2.0f / 5 + z * (2.0f / 7 + z * (2.0f / 9 + z * (2.0f / 11 +
+                      z * (2.0f / 13)))))));
+  return -log_(v < 0.5f ? small : -log_(u));
+}
+
+#define BLOCKS 64 // of four token ids, whose noise is made at a time
+
+// noise[4 i + k] of token ids 4 (first + i) + k; Philox4x32-10, see philox.py.
+INLINE void gumbel_noise(uint64_t seed, uint64_t position, uint32_t first, float *noise) {
+#pragma omp simd
+  for (uint32_t i = 0; i < BLOCKS; i++) {
+    uint32_t c0 = first + i, c1 = (uint32_t)position, c2 = (uint32_t)(position >> 32), c3 = 0;
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+      const uint64_t p0 = (uint64_t)c0 * 0xD2511F53u, p1 = (uint64_t)c2 * 0xCD9E8D57u;
+      c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, c1 = (uint32_t)p1;
+      c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)p0;
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    noise[4 * i] = gumbel(c0), noise[4 * i + 1] = gumbel(c1);
+    noise[4 * i + 2] = gumbel(c2), noise[4 * i + 3] = gumbel(c3);
+  }
+}
+
+// ln of the sum of e^x; -inf for nothing but -inf, NaN where there is a NaN or +inf.
+INLINE double log_sum_exp(const float *x, int64_t size) {
+  float peak = -INFINITY;
+#pragma omp simd reduction(max : peak)
+  for (int64_t i = 0; i < size; i++) peak = x[i] > peak ? x[i] : peak;
+  double total = 0;
+  for (int64_t start = 0; start < size; start += 1024) {
+    const int64_t end = start + 1024 < size ? start + 1024 : size;
+    float part = 0;
+    // -inf - -inf is NaN; such a row has no total.
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < end; i++) part += x[i] == -INFINITY ? 0 : exp_(x[i] - peak);
+    total += part;
+  }
+  return total == 0 ? -INFINITY : peak + log(total);
+}
+
+// records [rows, 7]: see sampling_reference.sample. logits, scores [rows, columns] of token ids from first_id on;
+// noisy: scores get noise. NaN scores are not drawn.
+void sample(const float *logits, const float *scores, const int64_t *seeds, const int64_t *positions, double *records,
+            int64_t rows, int64_t columns, int64_t stride, int64_t first_id, int64_t noisy, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *x = scores + r * stride;
+    float noise[4 * BLOCKS];
+    double best = -INFINITY, second = -INFINITY;
+    int64_t token = 0;
+    for (int64_t start = 0; start < columns;) {
+      // A chunk ends where a block of token ids ends.
+      const int64_t id = first_id + start, skipped = id % 4, left = columns - start;
+      const int64_t size = left < 4 * BLOCKS - skipped ? left : 4 * BLOCKS - skipped;
+      if (noisy) gumbel_noise((uint64_t)seeds[r], (uint64_t)positions[r], (uint32_t)(id / 4), noise);
+      for (int64_t i = 0; i < size; i++) {
+        const double score = noisy ? (double)x[start + i] + noise[skipped + i] : x[start + i];
+        if (score > best) second = best, best = score, token = start + i;
+        else if (score > second) second = score;
+      }
+      start += size;
+    }
+    double *record = records + r * 7;
+    record[0] = best, record[1] = second, record[2] = first_id + token;
+    record[3] = columns ? logits[r * stride + token] : -INFINITY;
+    record[4] = columns ? x[token] : -INFINITY;
+    record[5] = log_sum_exp(logits + r * stride, columns);
+    record[6] = scores == logits ? record[5] : log_sum_exp(x, columns);
+  }
+}

@@ -1,0 +1,53 @@
+"""The operations that generation makes of a layer: forward only, chosen once for a device and a type, not at each call.
+
+On CUDA and in Triton's interpreter they are those of training and the paged cache. On a CPU they are C kernels where a
+compiler is found (native.py), else the torch references.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppomax.kernels import decoding_c
+from ppomax.kernels.dispatch import implementation, use_c
+from ppomax.kernels.paged_attention import paged_attention, store_pages
+
+
+class DecodingOps(NamedTuple):
+    """rms_norm(x [N, H], weight [H], eps) -> [N, H]; swiglu(gate_up [N, 2F]) -> [N, F]: as the operations of these
+    names, for rows whose entries are neighbours.
+
+    rope_store(mixed [N, groups, heads_per_group + 2, d], cos, sin [N, d / 2], key_pages, value_pages, slots [N] int32)
+    -> [N, groups * heads_per_group, d]: rotates query heads, key and value of each group as `rope`; returns the
+    queries, writes the others as `store_pages`.
+    paged_attention: as the operation of this name, without `scale`.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+    rope_store: Callable[..., Tensor]
+    paged_attention: Callable[..., Tensor]
+
+
+def decoding_ops(weight: Tensor, *, head_dim: int, heads_per_group: int) -> DecodingOps:
+    """For weights of this device and type, and heads of this size."""
+    if use_c(weight):
+        fits = head_dim % decoding_c.LANES == 0 and heads_per_group <= decoding_c.MAX_HEADS_PER_GROUP
+        attention = decoding_c.paged_attention if fits else paged_attention
+        return DecodingOps(decoding_c.rms_norm, decoding_c.swiglu, decoding_c.rope_store, attention)
+    norm, gate, rotation = (implementation(op, weight) for op in ("rms_norm", "swiglu", "rope"))
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.forward(x, weight, eps=eps)[0]
+
+    def rope_store(
+        mixed: Tensor, cos: Tensor, sin: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
+    ) -> Tensor:
+        query, key, value = mixed.split([mixed.shape[2] - 2, 1, 1], dim=2)
+        key = rotation.rotate(key.squeeze(2), cos, sin, inverse=False)
+        store_pages(key, value.squeeze(2), key_pages, value_pages, slots)
+        return rotation.rotate(query.reshape(len(mixed), -1, mixed.shape[3]), cos, sin, inverse=False)
+
+    return DecodingOps(rms_norm, gate.forward, rope_store, paged_attention)

@@ -1,0 +1,109 @@
+"""Compiles cpu_kernels.c with the machine's C compiler when it is first needed, and calls its functions.
+
+The library is kept in a cache folder of the user's, named for the source, the compiler and the processor. Without a
+compiler nothing fails: dispatch.py then chooses the torch references.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-std=c11")
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_SECONDS = 120
+
+
+SIGNATURES = {
+    "rms_norm": "pippiif",
+    "swiglu": "pipii",
+    "rope_store": "pppppppiiii",
+    "paged_attention": "pppppppiiiiiiiiif",
+    "sample": "pppppiiiii",
+}
+"""Arguments of each function but the last, the number of threads: p pointer, i int64, f float."""
+TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def call(function: str, *arguments: Tensor | int | float) -> None:
+    """Calls a function of the library with these arguments and torch's number of threads.
+
+    Of tensors it gets the address: the caller has checked their sizes, types and strides.
+    """
+    library = load()
+    assert library is not None, "the library is not there; see dispatch.use_c"
+    pointers = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+    getattr(library, function)(*pointers, torch.get_num_threads())
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library, compiled unless the cache has it; None, with a warning, where that is not possible."""
+    if platform.system() != "Linux":
+        return None
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), *COMPILERS))), None)
+    if compiler is None:
+        return None
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS)
+        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version.stdout, *map(str.encode, FLAGS), _processor()]))
+        folder = _cache_folder()
+        if folder is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                return _open(_compile(compiler, Path(scratch) / "cpu_kernels.so"))
+        path = folder / f"cpu_kernels-{key.hexdigest()[:20]}.so"
+        return _open(path if path.exists() else _compile(compiler, path))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        warnings.warn(f"{SOURCE.name} cannot be compiled or loaded, generation is slower: {detail}", stacklevel=2)
+        return None
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name, signature in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [*(TYPES[letter] for letter in signature), ctypes.c_int], None
+    return library
+
+
+def _processor() -> bytes:
+    """What -march=native looks at: a home folder may be shared by hosts with other processors."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    return b"".join(line for line in dict.fromkeys(lines) if line.lower().startswith((b"flags", b"model", b"features")))
+
+
+def _cache_folder() -> Path | None:
+    """A folder that only this user can write to; None where there is none."""
+    base = os.environ.get("PPOMAX_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ppomax"
+    )
+    try:
+        os.makedirs(base, mode=0o700, exist_ok=True)
+        status = os.stat(base)
+    except OSError:
+        return None
+    is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
+    return Path(base) if is_private and os.access(base, os.W_OK) else None
+
+
+def _compile(compiler: str, path: Path) -> Path:
+    """Compiles to `path`, which appears when it is complete: several processes may do so at once."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        objects, library = os.path.join(scratch, "k.o"), os.path.join(scratch, "k.so")
+        # OpenMP's functions are those that torch has loaded: linked once more, they would bring threads of their own.
+        commands = (["-fopenmp", *FLAGS, "-fPIC", "-c", str(SOURCE), "-o", objects], ["-shared", objects, "-o", library])
+        for command in commands:
+            subprocess.run([compiler, *command], capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
+        os.replace(library, path)
+    return path
