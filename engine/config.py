@@ -225,9 +225,11 @@ class SamplingConfig(Section):
     cache_gib: NonNegative = 0.0
     """Memory of the key / value cache per GPU, GiB. 0: what the requests can need; on a GPU at most half of what is
     free when generation starts."""
-    stop_check_every: Count = 0
-    """Steps between two looks at which responses have ended; tokens drawn beyond an end are dropped. 0: 4 on a GPU,
-    which then need not wait for the host, 1 on a CPU."""
+    steps_ahead: Count | None = None
+    """Steps that may be launched before the host has read the tokens of an earlier one; what is drawn beyond an end is
+    dropped. Unset: 2 on a GPU, which then does not wait for the host, and 0 on a CPU."""
+    cuda_graphs: bool = True
+    """Replay decoding steps as CUDA graphs, one for each of some batch sizes (no effect on a CPU)."""
 
 
 class SftConfig(Section):

@@ -7,7 +7,6 @@ compiler is found (native.py), else the torch references.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ppomax.kernels import decoding_c

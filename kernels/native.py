@@ -102,8 +102,9 @@ def _compile(compiler: str, path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         objects, library = os.path.join(scratch, "k.o"), os.path.join(scratch, "k.so")
         # OpenMP's functions are those that torch has loaded: linked once more, they would bring threads of their own.
-        commands = (["-fopenmp", *FLAGS, "-fPIC", "-c", str(SOURCE), "-o", objects], ["-shared", objects, "-o", library])
-        for command in commands:
-            subprocess.run([compiler, *command], capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
+        compiled = [*FLAGS, "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", objects]
+        for arguments in (compiled, ["-shared", objects, "-o", library]):
+            command = [compiler, *arguments]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
         os.replace(library, path)
     return path

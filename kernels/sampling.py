@@ -154,7 +154,7 @@ def _sample(
     vocab_size: int,
     tp_group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    version = sampling_c if use_c(logits, seeds, positions, marks) else implementation("sampling", logits, seeds, marks)
+    version = sampling_c if use_c(seeds, marks) else implementation("sampling", logits, seeds, marks)
     return version.sample(
         logits,
         temperature=temperature,

@@ -1,4 +1,4 @@
-"""Sampling by the C kernel, for float32 logits on a CPU: one pass over the scores draws, two more add up probabilities.
+"""Sampling by the C kernel on a CPU: one pass over the scores draws, two more add up probabilities.
 
 Penalty, temperature and filters are those of the reference; the noise is the reference's within 1e-6.
 """
@@ -26,10 +26,10 @@ def sample(
     vocab_size: int,
     tp_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ppomax.kernels.sampling; logits [R, V/tp] float32 are this rank's."""
+    """See ppomax.kernels.sampling; logits [R, V/tp] are this rank's, in any type."""
     first = first_column(logits.shape[1], tp_group)
     num_columns = num_real_columns(logits.shape[1], first, vocab_size)
-    logits = scores = logits.contiguous()
+    logits = scores = logits.float().contiguous()
     has_filters = temperature > 0 and (top_k > 0 or top_p < 1)
     if marks is not None or temperature not in (0, 1) or has_filters:
         settings = {"temperature": temperature, "repetition_penalty": repetition_penalty}

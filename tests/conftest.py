@@ -15,9 +15,9 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported: the tests of kernels/ run its kernels in its interpreter. Everything else
-    # runs the torch references, as it would on such a machine without these variables.
+    # runs what such a machine has without these variables: torch references, and C kernels in generation.
     os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["PPOMAX_KERNELS"] = "reference"
+    os.environ["PPOMAX_KERNELS"] = "cpu"
 
 from ppomax.engine.models.hf_config import config_json
 from ppomax.engine.models.hf_reader import RandomReader

@@ -38,8 +38,9 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_module(wheel):
-    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    assert inside == {f"ppomax/{path.relative_to(ROOT).as_posix()}" for path in python_files()}
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".c"))}
+    sources = [*python_files(), ROOT / "kernels" / "cpu_kernels.c"]
+    assert inside == {f"ppomax/{path.relative_to(ROOT).as_posix()}" for path in sources}
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     given = {"data.system_prompt": arguments.system, "train.seed": arguments.seed}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     # A token is shown as soon as it is known.
-    config = inference_config(arguments.model, ["sampling.stop_check_every=1", *arguments.overrides, *overrides])
+    config = inference_config(arguments.model, ["sampling.steps_ahead=0", *arguments.overrides, *overrides])
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)

@@ -67,7 +67,7 @@ def _prepare_megatron_globals() -> None:
 
 
 def torch_functions_as_they_are() -> contextlib.AbstractContextManager:
-    """Within it no CPU backend stands before torch's functions, for code that does not name CUDA and makes many calls."""
+    """Within it no CPU backend stands before torch's functions: for code that makes many calls and names no device."""
     return torch._C.DisableTorchFunction()
 
 

@@ -68,4 +68,3 @@ def draw(
         vocab_size=vocab_size,
     )
     return torch.stack([x.double() for x in (result.tokens, result.logprobs, result.sampling_logprobs, result.margins)])
-

@@ -4,9 +4,11 @@ The host plans steps from lengths alone, so a step can be launched before the ho
 it: `launch` does not wait for a GPU, `collect` reads the tokens of launched steps and ends the requests that they end.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,18 +18,19 @@ from ppomax.engine.models.roles import Role
 from ppomax.engine.parallel.stages import receive_from_previous_stage, start_broadcast_of_last_stage, start_send_to_next
 from ppomax.engine.rollout.batch import NUM_DRAWN, Batch
 from ppomax.engine.rollout.draw import StopRule, draw
+from ppomax.engine.rollout.graphs import DecodeGraphs, uses_graphs
 from ppomax.engine.rollout.inference import InferenceStage
 from ppomax.engine.rollout.paged_cache import PagedCache, PagedStep
 from ppomax.engine.rollout.pages import pages_for
 from ppomax.engine.rollout.scheduler import Limits, Request, Scheduler
-from ppomax.engine.rollout.step_inputs import StepNumbers, StepSizes, split_inputs, to_device
+from ppomax.engine.rollout.step_inputs import StepSizes, StepTables, split_inputs, to_device
 
 
-@dataclass(frozen=True)
+@dataclass
 class Drawn:
     """What a launched step draws for the tokens at positions [R] of requests: values [NUM_DRAWN, R], once they arrive.
 
-    index [R]: the requests, on the device.
+    index [R]: the requests, on the device. tokens [R]: on the host, once `ready`; None before the values are there.
     """
 
     requests: list[int]
@@ -35,6 +38,24 @@ class Drawn:
     positions: Tensor
     values: Tensor
     arrival: dist.Work | None
+    tokens: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+    def start_reading(self) -> None:
+        """The host does not wait: the tokens follow when the device has drawn them."""
+        self.tokens = self.values[0]
+        if self.values.is_cuda:
+            self.tokens = torch.empty(len(self.requests), dtype=torch.float64, pin_memory=True)
+            self.tokens.copy_(self.values[0], non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def read(self) -> list[int]:
+        """Waits for the device."""
+        assert self.tokens is not None
+        if self.ready is not None:
+            self.ready.synchronize()
+        return [int(token) for token in self.tokens.tolist()]
 
 
 class Flight:
@@ -56,9 +77,13 @@ class Flight:
         self.scheduler = Scheduler(requests, limits)
         self.cache = PagedCache(role.stage, num_pages=limits.num_pages, page_size=limits.page_size)
         width = pages_for(limits.max_context, limits.page_size)
-        self._numbers = StepNumbers([request.index for request in requests], limits.page_size, width)
+        self._tables = StepTables([request.index for request in requests], limits.page_size, width)
+        self._graphs: DecodeGraphs | None = None
+        if uses_graphs(sampling, role.device):
+            requests_dim = 1 if role.groups.is_last_stage else 0
+            self._graphs = DecodeGraphs(self._compute, width=width, requests_dim=requests_dim, device=role.device)
         self._arriving: list[Drawn] = []
-        self._unread: list[Drawn] = []
+        self._unread: deque[Drawn] = deque()
         self._ended: set[int] = set()
         self._sent: tuple[Tensor, dist.Work] | None = None
 
@@ -66,35 +91,37 @@ class Flight:
     def is_done(self) -> bool:
         return self.scheduler.is_done and not self._unread
 
-    def launch(self) -> None:
-        """Plans and starts the next step, if there is one before `collect`."""
+    def launch(self) -> bool:
+        """Plans and starts the next step; False where there is none before `collect`."""
         step = self.scheduler.plan()
         if step is None:
-            return
+            return False
         self._settle()
         self.cache.copy_pages(step.copies)
         tables = [self.scheduler.page_table(entry.request) for entry in step.entries]
-        numbers, sizes = self._numbers.of(step.entries, tables)
-        vector = to_device(numbers, self.role.device)
-        result = self._compute(vector, sizes, self._receive(sizes.tokens))
+        numbers, sizes = self._tables.of(step.entries, tables)
+        received = self._receive(sizes.tokens)
+        if self._graphs is not None and sizes.only_decodes:
+            result = self._graphs.run(numbers, received)
+        else:
+            result = self._compute(to_device(numbers.packed(), self.role.device), sizes, received)
         if not self.role.groups.is_last_stage:
             self._send(result)
             result = torch.empty(NUM_DRAWN, sizes.drawn, dtype=torch.float64, device=self.role.device)
-        if sizes.drawn == 0:
-            return
-        inputs = split_inputs(vector, sizes)
-        arrival = start_broadcast_of_last_stage(result, self.role.groups)
-        requests = [entry.request for entry in step.entries if entry.is_last]
-        drawn = Drawn(requests, inputs.drawn_index, inputs.drawn_positions, result, arrival)
-        self._arriving.append(drawn)
-        self._unread.append(drawn)
+        if sizes.drawn > 0:
+            arrival = start_broadcast_of_last_stage(result, self.role.groups)
+            index, positions = to_device(np.stack([numbers.drawn_index, numbers.drawn_positions]), self.role.device)
+            drawn = Drawn(numbers.drawn_index.tolist(), index, positions, result, arrival)
+            self._arriving.append(drawn)
+            self._unread.append(drawn)
+        return True
 
-    def collect(self) -> None:
-        """Reads the tokens of every launched step; waits for the device."""
+    def collect(self, *, leave: int) -> None:
+        """Reads the tokens of all launched steps but the newest `leave`; waits for the device as far as it must."""
         self._settle()
-        unread, self._unread = self._unread, []
-        for step in unread:
-            tokens = dict(zip(step.requests, map(int, step.values[0].tolist()), strict=True))
+        for _ in range(len(self._unread) - leave):
+            step = self._unread.popleft()
+            tokens = dict(zip(step.requests, step.read(), strict=True))
             running = [request for request in step.requests if request not in self._ended]
             self.scheduler.record(tokens, [request for request in running if self._ends(request, tokens[request])])
             if self.on_token is not None:
@@ -119,6 +146,7 @@ class Flight:
             if drawn.arrival is not None:
                 drawn.arrival.wait()
             self.batch.put(drawn.index, drawn.positions, drawn.values)
+            drawn.start_reading()
         self._arriving = []
 
     def _compute(self, numbers: Tensor, sizes: StepSizes, received: Tensor | None) -> Tensor:

@@ -31,6 +31,9 @@ from ppomax.engine.rollout.scheduler import Limits, Request
 CACHE_SHARE = 0.5
 """Of the GPU memory that is free when generation starts, what the cache may take where sampling.cache_gib is 0."""
 
+DEFAULT_STEPS_AHEAD = 2
+"""On a GPU: it works on one step while the host plans the next and reads the one before."""
+
 GIB = 2**30
 
 
@@ -74,7 +77,8 @@ def generate(
     affordable = _affordable_pages(role, batch, sampling)
     with torch_functions_as_they_are():
         flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
-        _run(flights, _stop_check_every(sampling, role))
+        default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
+        _run(flights, default if sampling.steps_ahead is None else sampling.steps_ahead)
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
 
@@ -201,21 +205,14 @@ def _num_pages(parts: list[list[Request]], max_running: int, sampling: SamplingC
     return needed if affordable is None else min(needed, affordable)
 
 
-def _stop_check_every(sampling: SamplingConfig, role: Role) -> int:
-    """Steps between two looks at what was drawn: a GPU should not wait for the host after each."""
-    return sampling.stop_check_every or (4 if role.device.type == "cuda" else 1)
-
-
-def _run(flights: list[Flight], stop_check_every: int) -> None:
+def _run(flights: list[Flight], steps_ahead: int) -> None:
     """Takes turns with the flights until all requests have ended."""
-    turn = 0
     while flights:
         for flight in flights:
-            if turn % stop_check_every == 0:
-                flight.collect()
-            flight.launch()
+            flight.collect(leave=steps_ahead)
+            if not flight.launch():
+                flight.collect(leave=0)
         flights = [flight for flight in flights if not flight.is_done]
-        turn += 1
 
 
 def _share_results(batch: Batch, share: list[int], role: Role) -> None:

@@ -1,11 +1,12 @@
 """The forward pass of generation: one pipeline stage over the tokens of a step, by plain products and our kernels.
 
 It reads the weights that are trained, in place, and leaves out what training needs: autograd, Megatron's modules with
-their hooks, sequence parallelism. On a CPU matrices are kept a second time, transposed, while generation lasts: products
-with few rows, of which decoding consists, are up to twice as fast.
+their hooks, sequence parallelism. On a CPU matrices are kept a second time, transposed, while generation lasts:
+products with few rows, of which decoding consists, are up to twice as fast.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,7 @@ class InferenceStage:
         return hidden.add_(product)
 
 
-def _layer(layer: torch.nn.Module) -> _Layer:
+def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attention, layer.mlp
     has_norms = attention.config.qk_layernorm
     return _Layer(

@@ -1,7 +1,7 @@
 """What the device is told of one step: a single vector of numbers, so that it takes one copy, and the views of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -22,15 +22,53 @@ class StepSizes:
     max_query: int
     width: int
 
+    @property
+    def only_decodes(self) -> bool:
+        """Each request has one token and draws the next."""
+        return self.tokens == self.requests == self.drawn
+
 
 @dataclass(frozen=True)
-class StepInputs:
-    """Views of a vector on the device, int32 each. N tokens of R requests, M of which draw a token afterwards.
+class StepNumbers:
+    """N tokens of R requests, M of which draw a token afterwards; int32 each, on the host.
 
     index, positions, slots [N]: of each token the request (a row of Batch), the place in it, and that in the cache.
     contexts [R], cu_queries [R + 1], page_tables [R, width]: see kernels/paged_attention.py.
     rows [M]: the tokens after which one is drawn. drawn_index, drawn_positions [M]: the request and place of that one.
     """
+
+    index: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    contexts: np.ndarray
+    cu_queries: np.ndarray
+    page_tables: np.ndarray
+    rows: np.ndarray
+    drawn_index: np.ndarray
+    drawn_positions: np.ndarray
+
+    def packed(self) -> np.ndarray:
+        """All of it end to end."""
+        return np.concatenate([part.ravel() for part in vars(self).values()], dtype=np.int32)
+
+    def padded(self, num: int) -> "StepNumbers":
+        """A step that only decodes, for `num` requests: those behind repeat the first, but store nothing and see one
+        token; what they draw is not wanted.
+        """
+        more = num - len(self.contexts)
+        again = {
+            name: np.concatenate([part, np.repeat(part[:1], more, axis=0)])
+            for name, part in vars(self).items()
+            if name not in ("cu_queries", "rows")
+        }
+        again["slots"][num - more :], again["contexts"][num - more :] = -1, 1
+        every = np.arange(num + 1, dtype=np.int32)
+        return StepNumbers(**again, cu_queries=every, rows=every[:-1])
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """As StepNumbers, on the device: views of one vector."""
 
     index: Tensor
     positions: Tensor
@@ -43,15 +81,19 @@ class StepInputs:
     drawn_positions: Tensor
 
 
-def split_inputs(numbers: Tensor, sizes: StepSizes) -> StepInputs:
-    """The parts of a vector that `StepNumbers.of` made."""
+PARTS = tuple(field.name for field in fields(StepInputs))
+"""In the order of the vector, which is that of StepNumbers."""
+
+
+def split_inputs(vector: Tensor, sizes: StepSizes) -> StepInputs:
+    """The parts of what `StepNumbers.packed` gives."""
     n, r, m = sizes.tokens, sizes.requests, sizes.drawn
-    parts = numbers.split([n, n, n, r, r + 1, r * sizes.width, m, m, m])
-    return StepInputs(*parts[:5], parts[5].view(r, sizes.width), *parts[6:])
+    parts = dict(zip(PARTS, vector.split([n, n, n, r, r + 1, r * sizes.width, m, m, m]), strict=True))
+    return StepInputs(**{**parts, "page_tables": parts["page_tables"].view(r, sizes.width)})
 
 
-class StepNumbers:
-    """Turns the entries of a step into such vectors. It remembers the page tables of the last step.
+class StepTables:
+    """Turns the entries of a step into numbers. It remembers the page tables of the last step.
 
     requests: all that may come. width: pages of the longest one.
     """
@@ -62,7 +104,7 @@ class StepNumbers:
         self._tables = np.zeros((len(requests), width), dtype=np.int32)
         self._known: list[tuple[list[int], int]] = [([], 0)] * len(requests)
 
-    def of(self, entries: Sequence[Entry], tables: Sequence[list[int]]) -> tuple[np.ndarray, StepSizes]:
+    def of(self, entries: Sequence[Entry], tables: Sequence[list[int]]) -> tuple[StepNumbers, StepSizes]:
         """tables: the pages of each entry's request."""
         places = [self._remember(entry.request, table) for entry, table in zip(entries, tables, strict=True)]
         request = np.array([entry.request for entry in entries], dtype=np.int32)
@@ -76,19 +118,18 @@ class StepNumbers:
         positions = (start - ends[:-1])[of_token] + np.arange(num_tokens, dtype=np.int32)
         page_tables = self._tables[places]
         page = page_tables[np.arange(len(entries))[of_token], positions // self._page_size]
-        numbers = (
-            request[of_token],
-            positions,
-            page * self._page_size + positions % self._page_size,
-            start + count,
-            ends,
-            page_tables.ravel(),
-            ends[1:][is_last] - 1,
-            request[is_last],
-            (start + count)[is_last],
+        numbers = StepNumbers(
+            index=request[of_token],
+            positions=positions,
+            slots=page * self._page_size + positions % self._page_size,
+            contexts=start + count,
+            cu_queries=ends,
+            page_tables=page_tables,
+            rows=ends[1:][is_last] - 1,
+            drawn_index=request[is_last],
+            drawn_positions=(start + count)[is_last],
         )
-        sizes = StepSizes(num_tokens, len(entries), int(is_last.sum()), int(count.max()), self._width)
-        return np.concatenate(numbers, dtype=np.int32), sizes
+        return numbers, StepSizes(num_tokens, len(entries), int(is_last.sum()), int(count.max()), self._width)
 
     def _remember(self, request: int, table: list[int]) -> int:
         """Brings the row of a request up to date; returns its place. A request keeps its list while it runs."""

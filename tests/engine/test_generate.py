@@ -292,8 +292,8 @@ def test_page_sizes_chunks_and_stop_checks_change_no_token(role, prompts):
         {"page_size": 1},
         {"page_size": 4, "tokens_per_step": 5, "batch_size": 4},
         {"page_size": 64, "tokens_per_step": 16, "batch_size": 3},
-        {"page_size": 8, "stop_check_every": 3},
-        {"page_size": 4, "tokens_per_step": 7, "batch_size": 6, "stop_check_every": 5},
+        {"page_size": 8, "steps_ahead": 2},
+        {"page_size": 4, "tokens_per_step": 7, "batch_size": 6, "steps_ahead": 4},
     ):
         rollout = respond(role, prompts, PAPER.model_copy(update=changes), eos_id=eos_id)
         assert responses(rollout) == expected, changes
@@ -376,7 +376,7 @@ def test_tokens_are_told_as_they_come(role, prompts):
     rollout = generate(
         role,
         prompts,
-        PAPER.model_copy(update={"stop_check_every": 3}),
+        PAPER.model_copy(update={"steps_ahead": 2}),
         seeds=seeds,
         eos_id=eos_id,
         pad_id=PAD,

@@ -13,6 +13,8 @@ from ppomax.kernels.philox import WORD, philox_4x32_10, token_uniforms, unit_int
 from ppomax.kernels.sampling import Draw, sample, sample_with_margins
 from ppomax.kernels.sampling_reference import filtered
 
+HAS_C = True
+
 
 def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
     """Ten rounds written with python's unbounded integers, apart from the code under test."""

@@ -1,0 +1,67 @@
+"""Decoding through fixed memory for fixed numbers of requests, as CUDA graphs do it; here a replay computes anew."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppomax.engine.config import ArchitectureConfig, ModelConfig, RunConfig, SamplingConfig
+from ppomax.engine.models.roles import make_role, random_reader
+from ppomax.engine.models.shape import shape_from_init
+from ppomax.engine.parallel.device import start
+from ppomax.engine.parallel.groups import make_groups
+from ppomax.engine.parallel.layout import ParallelLayout
+from ppomax.engine.rollout import flight, graphs
+from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.rollout.graphs import DecodeGraphs, Recording, graph_size
+from ppomax.engine.rollout.step_inputs import StepSizes
+
+REPLAYS: Counter[int] = Counter()
+
+
+def record(self: DecodeGraphs, vector: Tensor, sizes: StepSizes, received: Tensor | None) -> Recording:
+    """What a CUDA graph is on a CPU: the same function of the same memory."""
+
+    def compute() -> Tensor:
+        return self._compute(vector, sizes, None if received is None else received.clone())
+
+    output = compute()
+
+    def replay() -> None:
+        REPLAYS[sizes.requests] += 1
+        output.copy_(compute())
+
+    return Recording(vector, received, output, replay)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 2])
+@pytest.mark.parametrize("sampling", [SamplingConfig(temperature=0), SamplingConfig()], ids=["greedy", "paper"])
+def test_responses_are_those_without_graphs(monkeypatch: pytest.MonkeyPatch, sampling, steps_ahead: int) -> None:
+    start(60)
+    init = ArchitectureConfig(hidden_size=64, num_layers=2, ffn_hidden_size=96, init_std=0.15, vocab_size=97)
+    config = RunConfig(model=ModelConfig(init=init))
+    shape = shape_from_init(init, 97)
+    groups = make_groups({"policy": ParallelLayout(1, 1, 1)})["policy"]
+    role = make_role("policy", shape, random_reader(shape, config), config, groups, source="random")
+    prompts = [[1 + i] * (1 + 5 * i % 23) for i in range(37)]
+    limits = [1 + 7 * i % 40 for i in range(37)]
+    settings = sampling.model_copy(update={"max_new_tokens": 40, "batch_size": 20, "steps_ahead": steps_ahead})
+
+    def respond():
+        seeds = request_seeds(0, 0, 37)
+        return generate(role, prompts, settings, seeds=seeds, eos_id=5, pad_id=0, limits=limits)
+
+    expected = respond()
+    monkeypatch.setattr(flight, "uses_graphs", lambda sampling, device: True)
+    monkeypatch.setattr(graphs.DecodeGraphs, "_record", record)
+    REPLAYS.clear()
+    result = respond()
+    assert torch.equal(result.tokens, expected.tokens)
+    torch.testing.assert_close(result.sampling_logprobs, expected.sampling_logprobs, atol=2e-6, rtol=0)
+    assert set(REPLAYS) <= {1, 2, 4, 8, 16, 32}
+    assert sum(REPLAYS.values()) > 20  # most steps were replays
+
+
+def test_sizes_of_graphs() -> None:
+    assert [graph_size(n) for n in (1, 2, 3, 5, 9, 16, 17, 33, 64, 65)] == [1, 2, 4, 8, 16, 16, 32, 48, 64, 80]

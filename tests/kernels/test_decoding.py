@@ -1,0 +1,193 @@
+"""The operations of generation against what they say, written out in fp64, for every version; pages hold NaN wherever
+nothing was stored.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppomax.kernels import native
+from ppomax.kernels.decoding import DecodingOps, decoding_ops
+
+HAS_C = True
+
+REQUESTS = ((1, 1), (1, 40), (1, 700), (64, 64), (3, 200), (130, 131), (1, 64), (1, 65))
+"""(queries, context): decoding, whole prompts, pieces of prompts; around the C kernel's blocks of 64 keys."""
+
+
+def ops_for(d: int, heads: int = 2) -> DecodingOps:
+    return decoding_ops(torch.zeros(1), head_dim=d, heads_per_group=heads)
+
+
+def normal(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [1, 16, 100, 384])
+def test_rms_norm(size: int) -> None:
+    x, weight = normal(7, 2 * size)[:, :size] * 3, normal(size, seed=1)
+    exact = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt() * weight
+    torch.testing.assert_close(ops_for(16).rms_norm(x, weight, 1e-5).double(), exact, atol=2e-6, rtol=2e-6)
+
+
+def test_swiglu_for_gates_of_any_size() -> None:
+    gates = torch.tensor([-1e30, -100.0, -88.0, -20.0, -1.0, 0.0, 1e-3, 1.0, 20.0, 88.0, 100.0, 1e30])
+    gate_up = torch.cat([gates, normal(len(gates))]).repeat(3, 1)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    torch.testing.assert_close(ops_for(16).swiglu(gate_up).double(), gate.sigmoid() * gate * up, atol=1e-6, rtol=2e-6)
+
+
+def test_nan_and_infinity_are_not_hidden() -> None:
+    for bad in (torch.nan, torch.inf):
+        x = normal(2, 32)
+        x[0, 3] = bad
+        assert ops_for(16).rms_norm(x, torch.ones(32), 1e-6)[0].isnan().any()
+    assert ops_for(16).swiglu(torch.tensor([[torch.nan, 1.0]])).isnan().all()
+
+
+@pytest.mark.parametrize(("groups", "heads", "d"), [(1, 1, 8), (2, 3, 16), (4, 1, 32), (2, 2, 6)])
+def test_rope_store_rotates_and_stores(groups: int, heads: int, d: int) -> None:
+    n, page_size = 5, 4
+    mixed = normal(n, groups, heads + 2, d)
+    angles = normal(n, d // 2, seed=1) * 10
+    keys, values = torch.full((2, 3, page_size, groups, d), torch.nan)
+    slots = torch.tensor([7, 0, -1, 11, 4], dtype=torch.int32)
+    query = ops_for(d, heads).rope_store(mixed, angles.cos(), angles.sin(), keys, values, slots)
+
+    turn = torch.polar(torch.ones(n, 1, 1, d // 2, dtype=torch.float64), angles.double()[:, None, None])
+    real, imaginary = mixed.double().chunk(2, dim=-1)
+    rotated = torch.view_as_real(torch.complex(real, imaginary) * turn).transpose(-1, -2).flatten(-2)
+    torch.testing.assert_close(query.double(), rotated[:, :, :heads].reshape(n, -1, d), atol=3e-6, rtol=0)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            stored_key, stored_value = (x[slot // page_size, slot % page_size] for x in (keys, values))
+            torch.testing.assert_close(stored_key.double(), rotated[token, :, heads], atol=3e-6, rtol=0)
+            assert torch.equal(stored_value, mixed[token, :, heads + 1])
+    assert keys.isnan().sum() == values.isnan().sum() == (3 * page_size - 4) * groups * d
+
+
+class Scene:
+    """Requests on shuffled pages, and the keys and values [context, groups, d] of each."""
+
+    def __init__(self, groups: int, heads: int, d: int, page_size: int) -> None:
+        generator = torch.Generator().manual_seed(d + page_size)
+        contexts = [context for _, context in REQUESTS]
+        width = -(-max(contexts) // page_size)
+        pages = torch.randperm(len(REQUESTS) * width, generator=generator).view(len(REQUESTS), width)
+        self.key_pages, self.value_pages = torch.full((2, pages.numel(), page_size, groups, d), torch.nan)
+        self.keys = [normal(context, groups, d, seed=context) for context in contexts]
+        self.values = [normal(context, groups, d, seed=context + 1) for context in contexts]
+        for table, key, value in zip(pages, self.keys, self.values, strict=True):
+            t = torch.arange(len(key))
+            self.key_pages[table[t // page_size], t % page_size] = key
+            self.value_pages[table[t // page_size], t % page_size] = value
+        first_page = torch.arange(width) * page_size
+        self.tables = torch.where(first_page < torch.tensor(contexts)[:, None], pages, 2**31 - 1).int()
+        self.contexts = torch.tensor(contexts, dtype=torch.int32)
+        counts = torch.tensor([0, *(count for count, _ in REQUESTS)], dtype=torch.int32)
+        self.cu_queries = counts.cumsum(0, dtype=torch.int32)
+        self.query = normal(int(counts.sum()) + 2, groups * heads, d)  # two rows of padding
+
+    def attend(self, ops: DecodingOps) -> Tensor:
+        return ops.paged_attention(
+            self.query,
+            self.key_pages,
+            self.value_pages,
+            self.tables,
+            self.contexts,
+            self.cu_queries,
+            max_query=max(count for count, _ in REQUESTS),
+            max_context=max(context for _, context in REQUESTS),
+        )
+
+    def exact(self) -> Tensor:
+        """Request by request, query by query."""
+        output = torch.zeros(self.query.shape, dtype=torch.float64)
+        heads_per_group = self.query.shape[1] // self.key_pages.shape[2]
+        starts = self.cu_queries.tolist()
+        for (count, context), start, key, value in zip(REQUESTS, starts, self.keys, self.values, strict=False):
+            key, value = (x.double().repeat_interleave(heads_per_group, dim=1) for x in (key, value))
+            for i in range(count):
+                seen = context - count + i + 1
+                scores = torch.einsum("hd,thd->ht", self.query[start + i].double(), key[:seen])
+                p = (scores * self.query.shape[2] ** -0.5).softmax(dim=1)
+                output[start + i] = torch.einsum("ht,thd->hd", p, value[:seen])
+        return output
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "d", "page_size"),
+    [(2, 2, 32, 32), (1, 1, 16, 1), (2, 1, 64, 7), (1, 12, 128, 16), (3, 5, 48, 100), (40, 2, 16, 16)],
+)
+def test_paged_attention(request: pytest.FixtureRequest, groups: int, heads: int, d: int, page_size: int) -> None:
+    if "triton" in request.node.callspec.id and (page_size == 1 or groups == 40):
+        pytest.skip(reason="too slow in the interpreter, and covered by test_paged_attention.py")
+    scene = Scene(groups, heads, d, page_size)
+    output = scene.attend(ops_for(d, heads))
+    torch.testing.assert_close(output.double(), scene.exact(), atol=3e-6, rtol=0)
+    assert not output[-2:].any()
+
+
+@pytest.mark.one_version
+def test_c_attention_gives_the_same_bits_for_any_page_size_and_number_of_threads(monkeypatch) -> None:
+    monkeypatch.setenv("PPOMAX_KERNELS", "cpu")
+    results = []
+    for page_size, threads in ((16, 1), (16, 2), (5, 3)):
+        torch.set_num_threads(threads)
+        scene = Scene(2, 2, 32, page_size)
+        scene.query = normal(*scene.query.shape)
+        results.append(scene.attend(ops_for(32)))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.one_version
+def test_a_machine_without_a_compiler_uses_the_references(tmp_path: Path) -> None:
+    code = (
+        "import torch; from ppomax.kernels import native; from ppomax.kernels.decoding import decoding_ops\n"
+        "assert native.load() is None\n"
+        "print(decoding_ops(torch.zeros(1), head_dim=16, heads_per_group=1).swiglu(torch.ones(1, 2)).item())"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path), "CC": "", "PPOMAX_KERNELS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert float(done.stdout) == pytest.approx(0.7310586), done.stderr
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("fault", ["compiler", "cache"])
+def test_a_broken_compiler_warns_and_a_folder_of_others_is_not_used(tmp_path: Path, fault: str) -> None:
+    environment = {**os.environ, "PPOMAX_CACHE": str(tmp_path), "PPOMAX_KERNELS": "cpu"}
+    if fault == "compiler":
+        compiler = tmp_path / "broken"
+        compiler.write_text('#!/bin/sh\necho broken >&2; [ "$1" = --version ]\n')
+        compiler.chmod(0o755)
+        environment["CC"] = str(compiler)
+    else:
+        tmp_path.chmod(0o777)
+    code = "from ppomax.kernels import native; print(native.load() is not None)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if fault == "compiler":
+        assert done.stdout.strip() == "False"
+        assert "cannot be compiled" in done.stderr
+        assert "broken" in done.stderr
+    else:
+        assert done.stdout.strip() == "True"
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.one_version
+def test_the_library_is_compiled_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "PPOMAX_CACHE": str(tmp_path / "cache"), "PPOMAX_KERNELS": "cpu"}
+    code = "from ppomax.kernels import native; assert native.load() is not None"
+    written = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        (library,) = (tmp_path / "cache").iterdir()
+        written.append((library.name, library.stat().st_mtime_ns))
+    assert written[0] == written[1]
+    assert native.SOURCE.exists()
