@@ -12,7 +12,7 @@ TYPES := build/types
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: help venv quickstart test test-all test-gpu test-vllm aot bench-kernels lint format types wheel-check clean
+.PHONY: help venv quickstart test test-all test-gpu test-vllm aot bench-kernels bench-rollout lint format types wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ aot: venv ## compile every Triton kernel for sm_80 and sm_90, no GPU needed; rep
 
 bench-kernels: venv ## test, then time every kernel and its peers, on the GPU or the CPU; ARGS="--only gae"
 	$(BIN)/python -m ppomax.tools.bench_kernels $(ARGS)
+
+bench-rollout: venv ## time generation: beside transformers on a CPU, against the memory's rate on a GPU; ARGS="--repeats 5"
+	$(BIN)/python -m ppomax.tools.bench_rollout $(ARGS)
 
 lint: venv types ## ruff and mypy
 	$(BIN)/ruff check .

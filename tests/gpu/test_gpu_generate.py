@@ -12,6 +12,7 @@ from ppomax.engine.config import RunConfig, SamplingConfig
 from ppomax.engine.models.roles import Role, load_role, role_groups
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.rollout.graphs import DecodeGraphs
 from ppomax.kernels.sampling import sample_with_margins
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +76,27 @@ def test_responses_are_those_of_the_cpu(role: Role, tiny: Any, device: torch.dev
         assert tokens[len(prompt) : len(prompt) + clear] == expected[:clear]
         num_compared += clear
     assert num_compared > 0.8 * len(prompts) * sampling.max_new_tokens
+
+
+@pytest.mark.parametrize("name", ["greedy", "paper"])
+def test_cuda_graphs_change_nothing(role: Role, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[1 + i] * (1 + 5 * i % 23) for i in range(37)]
+    limits = [1 + 7 * i % 60 for i in range(37)]
+    recorded = []
+    record = DecodeGraphs._record
+
+    def counted(self: DecodeGraphs, *arguments: Any) -> Any:
+        recorded.append(arguments[1].requests)
+        return record(self, *arguments)
+
+    monkeypatch.setattr(DecodeGraphs, "_record", counted)
+
+    def respond(**settings: Any) -> Tensor:
+        sampling = SETTINGS[name].model_copy(update={"batch_size": 24, "max_new_tokens": 60, **settings})
+        seeds = request_seeds(0, 0, len(prompts))
+        return generate(role, prompts, sampling, seeds=seeds, eos_id=NO_EOS, pad_id=0, limits=limits).tokens
+
+    expected = respond(cuda_graphs=False, steps_ahead=0)
+    assert not recorded
+    assert torch.equal(respond(), expected)
+    assert len(recorded) > 1
