@@ -146,7 +146,7 @@ def small_rows(
     """Those of one model; what runs beside it is ended by the stack."""
     reader = RandomReader(shape, seed=0, std=INIT_STD)
     role, work = make_model(shape, reader, "fp32"), small_work(shape)
-    contenders = {
+    contenders: dict[str, Callable[[], list[list[int]]]] = {
         "ours": partial(respond, role, work, GREEDY),
         "transformers generate": to_longest(transformers_model(shape, reader, "sdpa"), work),
         "transformers continuous batching": continuous(transformers_model(shape, reader, "paged|sdpa"), work, stack),
