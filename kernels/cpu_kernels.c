@@ -337,3 +337,83 @@ void sample(const float *logits, const float *scores, const int64_t *seeds, cons
     record[6] = scores == logits ? record[5] : log_sum_exp(x, columns);
   }
 }
+
+#define FARTHEST 0xFFFFFFFFll
+
+// Of scores within +-2^35: how far below the largest, in units of 2^-26. sampling_reference.fixed_point and filtered.
+INLINE int64_t fixed_point(float score) {
+  const double bound = 0x1p35, x = score < -bound ? -bound : score > bound ? bound : score;
+  return (int64_t)(x * 0x1p26);
+}
+
+// 2^42 e^(-distance / 2^26) by integers alone: sampling_reference.mass, bit for bit.
+INLINE int64_t mass(int64_t distance) {
+  const uint64_t power = (uint64_t)distance * 3098164010u; // log2 e in units of 2^-31
+  const uint64_t whole = (power >> 57) & 127, fraction = (power >> 25) & 0xFFFFFFFFu;
+  uint64_t drop = 493839;
+  drop = 5548193 - (drop * fraction >> 32);
+  drop = 41219527 - (drop * fraction >> 32);
+  drop = 238367582 - (drop * fraction >> 32);
+  drop = 1031763232 - (drop * fraction >> 32);
+  drop = 2977044448u - (drop * fraction >> 32);
+  drop = drop * fraction >> 32;
+  return (int64_t)(((1ull << 42) - (drop << 10)) >> (whole < 63 ? whole : 63));
+}
+
+// The least distance within which the weights reach `wanted`, and the weights of what is closer.
+static int64_t last_distance(const int64_t *distances, const int64_t *weights, int64_t size, int64_t wanted,
+                             int64_t *closer) {
+  int64_t last = 0;
+  *closer = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    int64_t bins[256] = {0};
+    for (int64_t i = 0; i < size; i++)
+      if (distances[i] >> shift >> 8 == last >> shift >> 8) bins[distances[i] >> shift & 255] += weights ? weights[i] : 1;
+    int64_t digit = 0;
+    while (digit < 255 && *closer + bins[digit] < wanted) *closer += bins[digit++];
+    last += digit << shift;
+  }
+  return last;
+}
+
+// What is closer than `last` stays, and of what is as far the first `equals`; the rest becomes -inf.
+INLINE void keep_prefix(float *scores, const int64_t *distances, int64_t size, int64_t last, int64_t equals) {
+  for (int64_t i = 0; i < size; i++)
+    if (distances[i] > last || (distances[i] == last && equals-- <= 0)) scores[i] = -INFINITY;
+}
+
+// sampling_reference.filtered in place, for a vocabulary on one rank. scores [rows, columns] without NaN; part:
+// top_p in units of 2^-31, 2^31 for all; space [threads, 2, columns].
+void filter_scores(float *scores, int64_t *space, int64_t rows, int64_t columns, int64_t stride, int64_t top_k,
+                   int64_t part, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    float *x = scores + r * stride;
+    int64_t *distances = space + omp_get_thread_num() * 2 * columns, *masses = distances + columns, closer, last;
+    int64_t largest = INT64_MIN;
+    for (int64_t i = 0; i < columns; i++) {
+      distances[i] = fixed_point(x[i]);
+      largest = distances[i] > largest ? distances[i] : largest;
+    }
+    for (int64_t i = 0; i < columns; i++) {
+      const int64_t distance = largest - distances[i];
+      distances[i] = distance < FARTHEST ? distance : FARTHEST;
+    }
+    if (top_k > 0) {
+      last = last_distance(distances, 0, columns, top_k, &closer);
+      keep_prefix(x, distances, columns, last, top_k - closer);
+    }
+    if (part < 1ll << 31) {
+      int64_t total = 0;
+      for (int64_t i = 0; i < columns; i++) {
+        masses[i] = x[i] == -INFINITY ? 0 : mass(distances[i]);
+        total += masses[i];
+      }
+      int64_t wanted = (total >> 31) * part + (((total & 0x7FFFFFFF) * part + 0x7FFFFFFF) >> 31);
+      wanted = wanted > 1 ? wanted : 1;
+      last = last_distance(distances, masses, columns, wanted, &closer);
+      const int64_t each = mass(last) > 1 ? mass(last) : 1;
+      keep_prefix(x, distances, columns, last, (wanted - closer + each - 1) / each);
+    }
+  }
+}

@@ -30,6 +30,7 @@ SIGNATURES = {
     "rope_store": "pppppppiiii",
     "paged_attention": "pppppppiiiiiiiiif",
     "sample": "pppppiiiii",
+    "filter_scores": "ppiiiii",
 }
 """Arguments of each function but the last, the number of threads: p pointer, i int64, f float."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ppomax.kernels.native import call
-from ppomax.kernels.sampling_reference import combined, filtered, modified
-from ppomax.kernels.shards import first_column, num_real_columns
+from ppomax.kernels.sampling_reference import TOP_P_BITS, combined, filtered, modified, share_word
+from ppomax.kernels.shards import first_column, group_size, num_real_columns
 
 
 @torch.no_grad()
@@ -35,7 +35,11 @@ def sample(
         settings = {"temperature": temperature, "repetition_penalty": repetition_penalty}
         scores = modified(logits, **settings, marks=marks, first=first)
         scores[:, num_columns:] = -torch.inf
-    if has_filters:
+    if has_filters and group_size(tp_group) == 1:
+        part = share_word(top_p) if top_p < 1 else 1 << TOP_P_BITS
+        space = torch.empty(torch.get_num_threads(), 2, num_columns, dtype=torch.int64)
+        call("filter_scores", scores, space, len(scores), num_columns, scores.stride(0), top_k, part)
+    elif has_filters:
         scores = filtered(scores, top_k=top_k, top_p=top_p, tp_group=tp_group)
     record = torch.empty(len(logits), 7, dtype=torch.float64)
     sizes = (len(logits), num_columns, logits.shape[1], first)

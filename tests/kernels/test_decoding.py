@@ -5,6 +5,7 @@ nothing was stored.
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ppomax.kernels import native
 from ppomax.kernels.decoding import DecodingOps, decoding_ops
+from ppomax.kernels.sampling_reference import TOP_P_BITS, filtered, share_word
 
 HAS_C = True
 
@@ -191,3 +193,44 @@ def test_the_library_is_compiled_once(tmp_path: Path) -> None:
         written.append((library.name, library.stat().st_mtime_ns))
     assert written[0] == written[1]
     assert native.SOURCE.exists()
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("top_k", [0, 1, 7, 500])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
+def test_c_filters_keep_what_the_reference_keeps(top_k: int, top_p: float) -> None:
+    """Scores with ties, far below the best, banned, infinite; no float of what is kept changes."""
+    if native.load() is None:
+        pytest.skip(reason="there is no C compiler")
+    scores = normal(9, 301) * torch.tensor([0.0, 1e-9, 0.1, 1, 3, 30, 1e4, 1e12, 1])[:, None]
+    scores[:, 10:30] = scores[:, 40:60]
+    scores[8, ::2] = -torch.inf
+    scores[7, 5] = torch.inf
+    expected = filtered(scores, top_k=top_k, top_p=top_p)
+    part = share_word(top_p) if top_p < 1 else 1 << TOP_P_BITS
+    space = torch.empty(torch.get_num_threads(), 2, 301, dtype=torch.int64)
+    result = scores.clone()
+    native.call("filter_scores", result, space, *scores.shape, scores.stride(0), top_k, part)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("version", ["cpu", "reference"])
+def test_time_grows_with_tokens_not_with_the_longest_context(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """63 short contexts and a long one hold a fiftieth of the tokens of 64 long ones."""
+    monkeypatch.setenv("PPOMAX_KERNELS", version)
+    short, long, page_size = 16, 4096, 32
+    pages = torch.zeros(64 * long // page_size, page_size, 1, 16)
+    tables = torch.arange(len(pages), dtype=torch.int32).view(64, -1)
+    attend = ops_for(16, 1).paged_attention
+
+    def seconds(contexts: list[int]) -> float:
+        lengths, ends = torch.tensor(contexts, dtype=torch.int32), torch.arange(65, dtype=torch.int32)
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            attend(torch.zeros(64, 1, 16), pages, pages, tables, lengths, ends, max_query=1, max_context=long)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    assert seconds([short] * 63 + [long]) < 0.2 * seconds([long] * 64)
