@@ -172,7 +172,7 @@ def build_model(
 
     extra_scalar_head: a scalar head beside the vocabulary head (reward models while the LM term of Eq. 2 trains them).
     """
-    check_split(shape, tp=groups.layout.tp, pp=groups.layout.pp)
+    check_split(shape, tp=groups.layout.tp, pp=groups.layout.pp, vpp=groups.layout.vpp)
     config = transformer_config(model, shape, groups, sequence_parallel=sequence_parallel, on_cpu=on_cpu)
     return PackedModel(config, shape, groups, model.attention, extra_scalar_head=extra_scalar_head)
 
