@@ -60,6 +60,7 @@ CASES = {
     "tp2_sequence_parallel": Case(2, {"tp": 2, "sequence_parallel": True}),
     "pp2_tied": Case(2, {"pp": 2}, tied=True),
     "pp2_dp2_tied": Case(4, {"pp": 2}, tied=True),
+    "pp2_vpp2": Case(2, {"pp": 2, "vpp": 2}, tokens_per_microbatch=70),
     "small_microbatches": Case(1, tokens_per_microbatch=70),
 }
 MIXED = Case(
@@ -125,7 +126,7 @@ def traced_run(stage: str, config: dict[str, Any], mutation: str) -> dict[str, A
             stats = original(trained, *args)
             trace["steps"].append(stats)
             for role, _ in trained:
-                trace["classes"] |= {full_name(base) for x in (role.module, role.optimizer) for base in type(x).mro()}
+                trace["classes"] |= {full_name(base) for x in (*role.modules, role.optimizer) for base in type(x).mro()}
             return stats
 
         return apply_gradients
@@ -181,7 +182,7 @@ def full_name(thing: Any) -> str:
 def mean_of_means(original: Callable, unit: str) -> Callable:
     """The classic fault: each rank, or each micro-batch, takes the mean over its own tokens; the means are averaged."""
 
-    def run_forward_backward(model: Any, groups: Any, packs: Any, loss: Callable, num_metrics: int) -> Tensor:
+    def run_forward_backward(chunks: Any, groups: Any, packs: Any, loss: Callable, num_metrics: int) -> Tensor:
         mine = sum(pack.rows.numel() for pack in packs)
         total = torch.tensor(float(mine))
         dist.all_reduce(total, group=groups.megatron.dp)
@@ -192,7 +193,7 @@ def mean_of_means(original: Callable, unit: str) -> Callable:
             factor = float(total) / (groups.layout.dp * max(1, own))
             return value * factor, metrics * factor
 
-        return original(model, groups, packs, faulty, num_metrics)
+        return original(chunks, groups, packs, faulty, num_metrics)
 
     return run_forward_backward
 
@@ -276,8 +277,11 @@ def test_a_stage_gives_the_numbers_of_one_process(run: Runner, stage: str, name:
 @pytest.mark.parametrize("name", CASES)
 def test_the_classes_at_work_are_megatrons(run: Runner, stage: str, name: str) -> None:
     found = run(stage, CASES[name])
-    pipelined = CASES[name].parallel.get("pp", 1) > 1
-    schedule = "forward_backward_pipelining_without_interleaving" if pipelined else "forward_backward_no_pipelining"
+    parallel = CASES[name].parallel
+    schedule = "forward_backward_no_pipelining"
+    if parallel.get("pp", 1) > 1:
+        interleaved = parallel.get("vpp", 1) > 1
+        schedule = f"forward_backward_pipelining_{'with' if interleaved else 'without'}_interleaving"
     assert found.classes >= MEGATRON
     assert found.schedules == {SCHEDULES + schedule}
 

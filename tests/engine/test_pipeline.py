@@ -44,6 +44,6 @@ def test_a_forward_pass_frees_the_hidden_states_of_earlier_microbatches(world: N
         alive.append(sum(ref() is not None for ref in seen))
         return hidden.sum(1)
 
-    run_forward(role.module, role.groups, packs, compute, 6)
+    run_forward(role.modules, role.groups, packs, compute, 6)
     assert len(seen) == 6
     assert max(alive) <= 2  # this one, and the one that the schedule is about to replace
