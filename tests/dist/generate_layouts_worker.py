@@ -39,11 +39,13 @@ CASES = {
     "grouped tp2": (SHAPE, ParallelLayout(tp=2, pp=1, dp=2)),
     "grouped pp2": (SHAPE, ParallelLayout(tp=1, pp=2, dp=2)),
     "grouped tp2_pp2": (SHAPE, ParallelLayout(tp=2, pp=2, dp=1)),
+    "grouped pp2_vpp2": (SHAPE, ParallelLayout(tp=1, pp=2, dp=2, vpp=2)),
     "grouped dp4": (SHAPE, ParallelLayout(tp=1, pp=1, dp=4)),
     "grouped tp2_sequence_parallel": (SHAPE, ParallelLayout(tp=2, pp=1, dp=2)),
     "tied one_process": (TIED, ParallelLayout(tp=1, pp=1, dp=1)),
     "tied pp4": (TIED, ParallelLayout(tp=1, pp=4, dp=1)),
     "tied tp2_pp2_sequence_parallel": (TIED, ParallelLayout(tp=2, pp=2, dp=1)),
+    "tied tp2_pp2_vpp2_sequence_parallel": (TIED, ParallelLayout(tp=2, pp=2, dp=1, vpp=2)),
     "one_group one_process": (ONE_GROUP, ParallelLayout(tp=1, pp=1, dp=1)),
     "one_group tp2": (ONE_GROUP, ParallelLayout(tp=2, pp=1, dp=2)),
 }
