@@ -46,12 +46,13 @@ SCHEDULES = "megatron.core.pipeline_parallel.schedules."
 
 @dataclass(frozen=True)
 class Case:
-    """How a stage is spread. tied: the policy shares its embedding with its head."""
+    """How a stage is spread. tied: the policy shares its embedding with its head. num_layers: of all models."""
 
     num_ranks: int
     parallel: dict[str, Any] = field(default_factory=dict)
     tokens_per_microbatch: int = 200
     tied: bool = False
+    num_layers: int = 4
 
 
 CASES = {
@@ -63,13 +64,22 @@ CASES = {
     "pp2_vpp2": Case(2, {"pp": 2, "vpp": 2}, tokens_per_microbatch=70),
     "small_microbatches": Case(1, tokens_per_microbatch=70),
 }
+SLOW_CASES = {
+    "pp2_vpp2_tied": Case(2, {"pp": 2, "vpp": 2}, tied=True),
+    "pp2_vpp2_dp2": Case(4, {"pp": 2, "vpp": 2}),
+    "tp2_pp2_vpp2_sequence_parallel_tied": Case(
+        4, {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}, tokens_per_microbatch=70, tied=True
+    ),
+    "pp2_vpp4_tied": Case(2, {"pp": 2, "vpp": 4}, tied=True, num_layers=8),
+    "pp4_vpp2_tied": Case(4, {"pp": 4, "vpp": 2}, tokens_per_microbatch=70, tied=True, num_layers=8),
+}
 MIXED = Case(
     4,
     {
         "policy": {"tp": 2, "pp": 2},
         "critic": {"tp": 1, "pp": 1},
         "reference": {"tp": 2, "pp": 1},
-        "reward": {"tp": 1, "pp": 2},
+        "reward": {"tp": 1, "pp": 2, "vpp": 2},
     },
 )
 
@@ -101,7 +111,7 @@ def run(on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path_factory: pytest.
         if key not in done:
             output = tmp_path_factory.mktemp(stage) / "run"
             train = {"tokens_per_microbatch": case.tokens_per_microbatch, **overrides.pop("train", {})}
-            config = tiny.config(stage, output, tied=case.tied, parallel=case.parallel, train=train, **overrides)
+            config = tiny.config(stage, output, tied=case.tied, num_layers=case.num_layers, parallel=case.parallel, train=train, **overrides)
             first, *others = on_ranks(case.num_ranks, traced_run, stage, config, mutation)
             for other in others:
                 assert other["steps"] == first["steps"], "ranks have different metrics"
@@ -199,7 +209,7 @@ def mean_of_means(original: Callable, unit: str) -> Callable:
 
 
 def one_process(case: Case) -> Case:
-    return Case(1, tied=case.tied)
+    return Case(1, tied=case.tied, num_layers=case.num_layers)
 
 
 def assert_same_run(found: Run, expected: Run, *, lr: float = 1e-3) -> dict[str, float]:
@@ -270,6 +280,15 @@ def test_a_stage_gives_the_numbers_of_one_process(run: Runner, stage: str, name:
     case = CASES[name]
     found, expected = run(stage, case), run(stage, one_process(case))
     assert len(expected.steps) >= 3
+    print(stage, name, {kind: f"{value:.1e}" for kind, value in assert_same_run(found, expected).items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_more_layouts_give_the_numbers_of_one_process(run: Runner, stage: str, name: str) -> None:
+    case = SLOW_CASES[name]
+    found, expected = run(stage, case), run(stage, one_process(case))
     print(stage, name, {kind: f"{value:.1e}" for kind, value in assert_same_run(found, expected).items()})
 
 
