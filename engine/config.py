@@ -85,7 +85,7 @@ class RoleLayout(Section):
     """Pipeline-parallel size."""
     vpp: Positive = 1
     """Model chunks per pipeline rank, run in Megatron's interleaved schedule: smaller bubbles, more communication.
-    1: plain 1F1B. More needs pp > 1 and as many layers as pp * vpp divides."""
+    1: plain 1F1B. More needs pp > 1 and a number of layers that pp * vpp divides."""
 
 
 class ParallelConfig(Section):
