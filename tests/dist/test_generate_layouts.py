@@ -14,6 +14,7 @@ CASES = (
     "grouped pp2",
     "grouped tp2_pp2",
     "grouped pp2_vpp2",
+    "grouped pp2_vpp2_graphs",
     "grouped dp4",
     "grouped tp2_sequence_parallel",
     "tied pp4",
