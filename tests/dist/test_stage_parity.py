@@ -27,7 +27,9 @@ RELATIVE = 1e-5
 NEAR_TIE = 1e-5
 WEIGHT_SHARE = 0.05
 """Of lr * steps: Adam makes a full step of what little noise a vanishing gradient has."""
-PASS_THROUGH_ZERO = dict.fromkeys(("policy_loss", "approx_kl", "kl", "kl_estimate", "advantage_mean"), 2e-6)
+PASS_THROUGH_ZERO = dict.fromkeys(
+    ("policy_loss", "approx_kl", "kl", "kl_estimate", "advantage_mean", "difference_mean"), 2e-6
+)
 """Absolute tolerances of means whose terms, of size 1, cancel."""
 NOISE = {
     "sampler_mismatch_mean": 1e-5,
