@@ -82,7 +82,8 @@ def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, An
                 raise CheckpointError(
                     f"checkpoint {path / name} cannot be loaded ({_cause(error)}); take another step_N folder"
                 ) from error
-        role.stage.load_state_dict(loaded["model"])
+        for number, chunk in enumerate(role.chunks):
+            chunk.load_state_dict(loaded["model"][str(number)])
         assert role.optimizer is not None
         with torch.no_grad():
             role.optimizer.load_state_dict(loaded["optimizer"])
@@ -113,9 +114,16 @@ def find_checkpoint(resume: str, folder: str) -> Path | None:
 def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
     # Megatron's default sharding of the optimizer cannot be saved in 0.16; this one loads under any layout.
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": role.groups.megatron.dp_cp}
-    model = role.stage.sharded_state_dict(metadata=metadata)
-    # Megatron's empty places for TransformerEngine's state: stored as pickles, which torch runs when it loads them.
-    model = {name: value for name, value in model.items() if not name.endswith("._extra_state")}
+    model = {
+        str(number): {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=metadata).items()
+            # Megatron's empty places for TransformerEngine's state: stored as pickles, which torch runs when it loads
+            # them.
+            if not name.endswith("._extra_state")
+        }
+        for number, chunk in enumerate(role.chunks)
+    }
     assert role.optimizer is not None
     optimizer = role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}

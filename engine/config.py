@@ -83,10 +83,13 @@ class RoleLayout(Section):
     """Tensor-parallel size."""
     pp: Positive = 1
     """Pipeline-parallel size."""
+    vpp: Positive = 1
+    """Model chunks per pipeline rank, run in Megatron's interleaved schedule: smaller bubbles, more communication.
+    1: plain 1F1B. More needs pp > 1 and a number of layers that pp * vpp divides."""
 
 
 class ParallelConfig(Section):
-    """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one.
+    """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one; so do pp and vpp.
 
     The replicas of a role are what remains: dp = world size / (tp * pp).
     """
@@ -109,11 +112,24 @@ class ParallelConfig(Section):
     def _shorthand(cls, data: Any) -> Any:
         return expand_roles(data) if isinstance(data, dict) else data
 
+    @model_validator(mode="after")
+    def _combinations(self) -> "ParallelConfig":
+        for role in ROLES:
+            layout: RoleLayout = getattr(self, role)
+            if layout.vpp > 1 and layout.pp == 1:
+                raise ValueError(
+                    f"parallel.{role}: vpp {layout.vpp} with pp 1, but model chunks take turns over pipeline stages; "
+                    f"set parallel.{role}.pp to 2 or more, or parallel.{role}.vpp = 1"
+                )
+        return self
+
 
 def expand_roles(parallel: dict[str, Any]) -> dict[str, Any]:
-    """[parallel] with tp and pp, where given for the whole section, moved into every role that does not set its own."""
-    expanded = {key: value for key, value in parallel.items() if key not in ("tp", "pp")}
-    shared = {key: parallel[key] for key in ("tp", "pp") if key in parallel}
+    """[parallel] with tp, pp and vpp, where given for the whole section, moved into every role that does not set its
+    own.
+    """
+    expanded = {key: value for key, value in parallel.items() if key not in RoleLayout.model_fields}
+    shared = {key: parallel[key] for key in RoleLayout.model_fields if key in parallel}
     for role in ROLES if shared else ():
         own = parallel.get(role, {})
         if isinstance(own, RoleLayout):

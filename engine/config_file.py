@@ -168,7 +168,7 @@ def _candidates(key: str, value: Any) -> list[str]:
         return [f"{key.rpartition('.')[0]}.{name}" for name in DataSource.model_fields]
     if isinstance(value, dict):
         return [name for name, _ in sections()]
-    return ["parallel.tp", "parallel.pp", *(name for name, _ in fields())]
+    return ["parallel.tp", "parallel.pp", "parallel.vpp", *(name for name, _ in fields())]
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], FieldInfo | None]:

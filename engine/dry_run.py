@@ -45,7 +45,7 @@ def check_models(config: RunConfig, command: str) -> list[str]:
             continue
         layout = getattr(config.parallel, "reward" if command == "reward" else role)
         shape = read_shape(folder)
-        check_split(shape, tp=layout.tp, pp=layout.pp)
+        check_split(shape, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
         if shape.max_position_embeddings < config.data.max_length:
             raise DoesNotFitError(
                 f"data.max_length {config.data.max_length} does not fit the context of model.{role} = {folder!r}, "

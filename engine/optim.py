@@ -190,9 +190,9 @@ class FlatAdamW(DistributedOptimizer):
 
 
 def make_optimizer(
-    model: DistributedDataParallel, groups: RoleGroups, config: OptimConfig, *, eps: float, bf16: bool
+    modules: Sequence[DistributedDataParallel], groups: RoleGroups, config: OptimConfig, *, eps: float, bf16: bool
 ) -> FlatAdamW:
-    """The optimizer of a model whose gradients Megatron collects in contiguous buffers."""
+    """The optimizer of all chunks of a model, whose gradients Megatron collects in contiguous buffers."""
     # These are the names that Megatron looks up when it builds its optimizer; there is no argument for the classes.
     megatron_optimizer.Adam = megatron_distributed.Adam = AdamWGroups
     megatron_optimizer.DistributedOptimizer = FlatAdamW
@@ -211,7 +211,9 @@ def make_optimizer(
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=groups.megatron)
+    optimizer = get_megatron_optimizer(
+        settings, list(modules), use_gloo_process_groups=False, pg_collection=groups.megatron
+    )
     # A ChainedOptimizer of one: the dense parameters' distributed optimizer.
     return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
 

@@ -140,7 +140,7 @@ def _sample_in_vllm(
     vllm.setup()
     vllm.wake()
     dtype = DTYPES[session.config.model.dtype]
-    vllm.load(export_weights(policy.stage, policy.shape, policy.groups, dtype, everywhere=True), step)
+    vllm.load(export_weights(policy.chunks, policy.shape, policy.groups, dtype, everywhere=True), step)
     completions = vllm.generate(requests)
     vllm.sleep(2)
     return as_rollout(requests, completions, pad_id=session.tokenizer.pad_id, device=policy.device)
@@ -150,7 +150,7 @@ def export(session: Session, role: Role, name: str, *, shape: ModelShape | None 
     """Writes a role as a Hugging Face folder train.output/`name`. Collective over the role's ranks."""
     folder = str(Path(session.config.train.output) / name)
     save_hf(
-        role.stage,
+        role.chunks,
         shape or role.shape,
         role.groups,
         folder,

@@ -85,7 +85,7 @@ def language_model_gradients(role: Role, dialogues: Sequence[DialogueRow], token
         value = head_cross_entropy(role, hidden, pack.labels, 1 / max(1, count))
         return value, value.new_zeros(0)
 
-    return float(run_forward_backward(role.module, role.groups, packs, loss, 0)[0])
+    return float(run_forward_backward(role.modules, role.groups, packs, loss, 0)[0])
 
 
 def dialogue_rows(dialogues: Sequence[DialogueRow], *, first_index: int = 0) -> tuple[list[Tensor], Rows, int]:
@@ -106,5 +106,6 @@ def dialogue_rows(dialogues: Sequence[DialogueRow], *, first_index: int = 0) -> 
 def zero_gradients(role: Role) -> None:
     """Clears the gradient buffers of a trained role."""
     assert role.optimizer is not None
-    role.module.zero_grad_buffer()
+    for module in role.modules:
+        module.zero_grad_buffer()
     role.optimizer.zero_grad()

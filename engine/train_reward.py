@@ -117,7 +117,7 @@ def reward_gradients(model: Role, pairs: Sequence[PairRow], config: RunConfig) -
         lm = head_cross_entropy(model, hidden, pack.labels, lm_coef / max(1, num_lm_tokens))
         return ranking + lm, torch.stack([ranking, lm / lm_coef, accuracy])
 
-    sums = run_forward_backward(model.module, model.groups, packs, loss, 3).tolist()
+    sums = run_forward_backward(model.modules, model.groups, packs, loss, 3).tolist()
     return dict(zip(("loss", "ranking_loss", "lm_loss", "accuracy"), sums, strict=True))
 
 

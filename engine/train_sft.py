@@ -52,5 +52,5 @@ def held_out_loss(policy: Role, rows: Sequence[DialogueRow], tokens_per_microbat
     def compute(hidden: Tensor, pack: Pack) -> Tensor:
         return head_logprobs(policy, hidden, pack.labels)[0]
 
-    logprobs = run_forward(policy.module, policy.groups, packs, compute, count)
+    logprobs = run_forward(policy.modules, policy.groups, packs, compute, count)
     return float(-logprobs.double().sum() / count)

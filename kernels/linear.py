@@ -77,7 +77,9 @@ def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out = a @ b, added up in fp32 or wider and rounded once to out's dtype."""
     if a.dtype == b.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
+        # With AMX, torch's CPU product of 16-bit numbers reads a little beyond rows that have gaps between them: a NaN
+        # in a gap would spoil the row.
+        return torch.mm(a if a.is_cuda else a.contiguous(), b, out=out)
     if out.is_cuda and a.dtype == b.dtype:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     # With `out`, unlike an operator, a product keeps its type under autocast.

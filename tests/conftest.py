@@ -26,7 +26,7 @@ from ppomax.engine.models.shape import ModelShape
 BOS, EOS, PAD = 274, 275, 276
 LIKELY_BYTES = slice(64, 74)  # "abcdefghij": a byte-level vocabulary starts with "!"
 SEEDS = {"policy": 1, "reward": 2, "critic": 3}
-# 277 tokens: padded at every tp > 1. Four layers, two query heads per key / value head.
+# 277 tokens: padded at every tp > 1. Two query heads per key / value head.
 SHAPE = ModelShape(
     vocab_size=277,
     hidden_size=32,
@@ -59,10 +59,11 @@ class Tiny:
     def path(self, name: str) -> str:
         return str(self.root / name)
 
-    def model(self, name: str, *, tied: bool = False) -> str:
+    def model(self, name: str, *, tied: bool = False, num_layers: int = SHAPE.num_layers) -> str:
         """The folder of a random model: "policy" has a vocabulary head, "reward" and "critic" a scalar head."""
-        shape = replace(SHAPE, tie_embeddings=tied and name == "policy", scalar=name != "policy")
-        folder = self.root / (f"{name}_tied" if shape.tie_embeddings else name)
+        is_tied = tied and name == "policy"
+        shape = replace(SHAPE, num_layers=num_layers, tie_embeddings=is_tied, scalar=name != "policy")
+        folder = self.root / f"{name}{'_tied' if is_tied else ''}_{num_layers}"
         if not folder.exists():
             folder.mkdir()
             reader = RandomReader(shape, seed=SEEDS[name], std=0.12)
@@ -75,11 +76,19 @@ class Tiny:
             self.tokenizer.save(str(folder / "tokenizer.json"))
         return str(folder)
 
-    def config(self, stage: str, output: Path, *, tied: bool = False, **overrides: dict[str, Any]) -> dict[str, Any]:
+    def config(
+        self,
+        stage: str,
+        output: Path,
+        *,
+        tied: bool = False,
+        num_layers: int = SHAPE.num_layers,
+        **overrides: dict[str, Any],
+    ) -> dict[str, Any]:
         """A few optimizer steps of a stage. overrides: sections, merged into those made here."""
         data = {"sft": "dialogues", "reward": "pairs", "critic": "prompts", "ppo": "prompts"}[stage]
         sections: dict[str, dict[str, Any]] = {
-            "model": {"policy": self.model("policy", tied=tied)},
+            "model": {"policy": self.model("policy", tied=tied, num_layers=num_layers)},
             "data": {"train": self.path(f"{data}.jsonl"), "max_length": 160},
             "optim": {"lr": 1e-3, "critic_lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
             "train": {"output": str(output), "steps": 3, "batch_size": 3, "tokens_per_microbatch": 200, "seed": 24},
@@ -88,7 +97,7 @@ class Tiny:
             sections["data"]["eval"] = self.path(f"{data}.jsonl")
             sections["reward"] = {"tokens_per_batch": 500, "lm_coef": 0.5}
         else:
-            sections["model"] |= {"reward": self.model("reward"), "critic": self.model("critic")}
+            sections["model"] |= {name: self.model(name, num_layers=num_layers) for name in ("reward", "critic")}
             sections["train"]["steps"] = 2
             sections["sampling"] = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95}
             sections["ppo"] = {"rollout_size": 12, "minibatch_size": 6, "epochs": 2}

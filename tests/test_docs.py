@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ppomax.engine import cli
+from ppomax.engine.config import ROLES, RoleLayout
 from ppomax.engine.config_checks import MODELS_READ
 from ppomax.engine.config_file import load_config
 from ppomax.engine.config_help import fields, sections
@@ -61,10 +62,9 @@ def test_every_function_and_test_that_is_named_exists(path: Path) -> None:
 
 @DOCUMENTS
 def test_every_field_that_is_named_exists(path: Path) -> None:
-    known = {name for name, _ in sections()} | {key for key, _ in fields()} | {"parallel.tp", "parallel.pp"}
-    known |= {
-        f"parallel.{role}.{size}" for role in ("policy", "critic", "reference", "reward") for size in ("tp", "pp")
-    }
+    known = {name for name, _ in sections()} | {key for key, _ in fields()}
+    known |= {f"parallel.{size}" for size in RoleLayout.model_fields}
+    known |= {f"parallel.{role}.{size}" for role in ROLES for size in RoleLayout.model_fields}
     prefix = "|".join(name for name, _ in sections() if "." not in name)
     named = [match[1] for span in code_spans(path) if (match := re.match(rf"((?:{prefix})\.[a-z_.]+)", span))]
     missing = [name for name in named if name not in known and not name.endswith((".toml", ".py", ".md"))]

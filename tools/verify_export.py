@@ -37,7 +37,7 @@ def max_logit_difference(folder: str, *, seed: int = 0) -> float:
         def logits(hidden: Tensor, pack: Pack) -> Tensor:
             return (hidden.float() @ role.stage.vocabulary_weight().float().T)[:, :vocab_size]
 
-        ours = run_forward(role.module, role.groups, packs, logits, sum(lengths), width=vocab_size)
+        ours = run_forward(role.modules, role.groups, packs, logits, sum(lengths), width=vocab_size)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model = model.to(role.device).eval()
         with torch.no_grad():

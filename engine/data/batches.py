@@ -45,20 +45,23 @@ class Rows:
     index: Sequence[Tensor]
 
 
-def balance(lengths: Sequence[int], num_replicas: int, tokens_per_pack: int) -> list[list[list[int]]]:
+def balance(
+    lengths: Sequence[int], num_replicas: int, tokens_per_pack: int, *, multiple_of: int = 1
+) -> list[list[list[int]]]:
     """Deals units of the given lengths into packs: result[replica][micro-batch] lists unit numbers.
 
-    Every replica gets the same number of packs (possibly empty ones), of nearly equal length. A pack exceeds
-    tokens_per_pack only where a single unit does.
+    Every replica gets the same number of packs (possibly empty ones), a multiple of `multiple_of`, of nearly equal
+    length. A pack exceeds tokens_per_pack only where a single unit does.
     """
     order = sorted(range(len(lengths)), key=lambda unit: (-lengths[unit], unit))
     num_packs = max(1, -(-sum(lengths) // (tokens_per_pack * num_replicas)))
+    num_packs = -(-num_packs // multiple_of) * multiple_of
     while True:
         packs = _longest_first(order, lengths, num_packs * num_replicas)
         fits = all(len(pack) <= 1 or sum(lengths[unit] for unit in pack) <= tokens_per_pack for pack in packs)
         if fits:
             break
-        num_packs += 1
+        num_packs += multiple_of
     packs.sort(key=lambda pack: (-sum(lengths[unit] for unit in pack), pack))
     # Neighbours in this order are alike: giving each replica one of them balances the replicas micro-batch by micro-
     # batch.

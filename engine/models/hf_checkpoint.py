@@ -5,6 +5,7 @@ at a time (`hf_export.py`) and writes one file at a time. `hf_config.py` has con
 layouts, `hf_reader.py` the sources of weights, `hf_writer.py` the folder that is written.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,14 +36,14 @@ from ppomax.engine.parallel.groups import RoleGroups
 
 @torch.no_grad()
 def load_weights(
-    model: PackedModel,
+    chunk: PackedModel,
     reader: WeightReader,
     source: str,
     *,
     head: Literal["load", "fresh"] = "load",
     seed: int = 0,
 ) -> None:
-    """Fills this rank's stage of a model; no collective.
+    """Fills one of this rank's chunks of a model; no collective.
 
     source: the folder or setting that the weights come from, for messages.
     head: "load" takes the scalar head, if the model has one, from the reader; "fresh" draws it from the seed, so that a
@@ -50,12 +51,12 @@ def load_weights(
     Raises CheckpointError if the reader has other tensors, or tensors of other sizes, than the whole model needs: every
     rank finds the same fault.
     """
-    names = _check(model, reader, source, head)
-    tp, tp_rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
-    for name, parameter in model.named_parameters():
-        recipe = recipe_of(global_name(model, name), model.shape, tp)
+    names = _check(chunk, reader, source, head)
+    tp, tp_rank = chunk.pg_collection.tp.size(), chunk.pg_collection.tp.rank()
+    for name, parameter in chunk.named_parameters():
+        recipe = recipe_of(global_name(chunk, name), chunk.shape, tp)
         if recipe.sources == (SCALAR_HEAD,) and head == "fresh":
-            parameter.copy_(fresh_scalar_head(model.shape.hidden_size, seed=seed))
+            parameter.copy_(fresh_scalar_head(chunk.shape.hidden_size, seed=seed))
         else:
             sources = [names[source] for source in recipe.sources]
             fill_share(parameter, recipe, reader, sources, tp=tp, tp_rank=tp_rank)
@@ -126,7 +127,7 @@ def fill_share(
 
 
 def save_hf(
-    model: PackedModel,
+    chunks: Sequence[PackedModel],
     shape: ModelShape,
     groups: RoleGroups,
     folder: str,
@@ -137,8 +138,8 @@ def save_hf(
 ) -> None:
     """Writes a folder that transformers loads; every rank of the role must call it.
 
-    shape: model.shape; or, of a model with both heads, model.shape with scalar=True: the scalar head is written, the
-    vocabulary head is not. dtype: of the written tensors.
+    chunks: this rank's. shape: the model's; or, of a model with both heads, that with scalar=True: the scalar head is
+    written, the vocabulary head is not. dtype: of the written tensors.
     The folder appears complete or not at all. One that exists is replaced only if an earlier export wrote it.
     Raises CheckpointError on every rank if rank 0 cannot write.
     """
@@ -150,7 +151,7 @@ def save_hf(
         with raise_on_all(CheckpointError, fault):
             if writer:
                 writer.begin()
-        for name, tensor in export_weights(model, shape, groups, dtype, everywhere=False):
+        for name, tensor in export_weights(chunks, shape, groups, dtype, everywhere=False):
             if writer:
                 writer.add(name, tensor)
         with raise_on_all(CheckpointError, fault):

@@ -3,7 +3,7 @@
 One parameter at a time is whole on a rank, the model never is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,29 +13,33 @@ from ppomax.engine.models.hf_names import Recipe, merge_shares, parameter_names,
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import PackedModel
 from ppomax.engine.parallel.groups import RoleGroups
+from ppomax.engine.parallel.layout import ParallelLayout
 
 
 @torch.no_grad()
 def export_weights(
-    model: PackedModel, shape: ModelShape, groups: RoleGroups, dtype: torch.dtype, *, everywhere: bool
+    chunks: Sequence[PackedModel], shape: ModelShape, groups: RoleGroups, dtype: torch.dtype, *, everywhere: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every Hugging Face tensor of the model, in the order of `parameter_names`.
 
-    everywhere: every rank gets them, each replica from its own ranks; otherwise rank 0 of the first replica alone.
-    shape: model.shape; or, of a model with both heads, model.shape with scalar=True: the scalar head instead of the
-    vocabulary head. dtype: of the tensors, which are copies.
+    chunks: this rank's. everywhere: every rank gets them, each replica from its own ranks; otherwise rank 0 of the
+    first replica alone.
+    shape: the model's; or, of a model with both heads, that with scalar=True: the scalar head instead of the vocabulary
+    head. dtype: of the tensors, which are copies.
     Every rank must iterate to the end (without `everywhere`, those of the other replicas have nothing to do).
     """
     if groups.dp_rank != 0 and not everywhere:
         return
-    parameters = {global_name(model, name): parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {
+        global_name(chunk, name): parameter.detach() for chunk in chunks for name, parameter in chunk.named_parameters()
+    }
     device = next(iter(parameters.values())).device
     sizes = weight_sizes(shape)
     for name in parameter_names(shape):
-        recipe, stage = recipe_of(name, shape, groups.layout.tp), _stage_of(name, shape, groups.layout.pp)
+        recipe, stage = recipe_of(name, shape, groups.layout.tp), _stage_of(name, shape, groups.layout)
         tensors: dict[str, Tensor] = {}
         if groups.pp_rank == stage:
-            if name == "output_layer.weight" and shape.scalar and not model.shape.scalar:
+            if name == "output_layer.weight" and shape.scalar and not chunks[0].shape.scalar:
                 name = "scalar_head.weight"
             shares = _gather_shares(parameters[name].to(dtype), recipe, groups, everywhere=everywhere)
             if everywhere or groups.tp_rank == 0:
@@ -56,19 +60,20 @@ def export_weights(
             yield from tensors.items()
 
 
-def global_name(model: PackedModel, name: str) -> str:
-    """A parameter's name with its layer counted over all pipeline stages."""
+def global_name(chunk: PackedModel, name: str) -> str:
+    """A parameter's name with its layer counted over the whole model."""
     if not name.startswith("decoder.layers."):
         return name
     number, rest = name.removeprefix("decoder.layers.").split(".", 1)
-    return f"decoder.layers.{model.decoder.layers[int(number)].layer_number - 1}.{rest}"
+    return f"decoder.layers.{chunk.decoder.layers[int(number)].layer_number - 1}.{rest}"
 
 
-def _stage_of(name: str, shape: ModelShape, pp: int) -> int:
+def _stage_of(name: str, shape: ModelShape, layout: ParallelLayout) -> int:
     """The pipeline stage that holds a parameter (the first one of tied embeddings)."""
     if name.startswith("decoder.layers."):
-        return int(name.split(".")[2]) * pp // shape.num_layers
-    return 0 if name.startswith("embedding.") else pp - 1
+        chunk = int(name.split(".")[2]) * layout.pp * layout.vpp // shape.num_layers
+        return chunk % layout.pp
+    return 0 if name.startswith("embedding.") else layout.pp - 1
 
 
 def _gather_shares(share: Tensor, recipe: Recipe, groups: RoleGroups, *, everywhere: bool) -> list[Tensor]:

@@ -16,7 +16,7 @@ from ppomax.engine.models.hf_checkpoint import load_weights
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
 from ppomax.engine.models.shape import ModelShape, shape_from_init
-from ppomax.engine.models.transformer import PackedModel, build_model
+from ppomax.engine.models.transformer import PackedModel, build_chunks
 from ppomax.engine.optim import make_optimizer
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
 from ppomax.engine.parallel.layout import make_layout
@@ -26,17 +26,22 @@ from ppomax.engine.parallel.layout import make_layout
 class Role:
     """One model on this rank.
 
-    stage: this rank's pipeline stage. module: what the schedules run: the stage, inside DistributedDataParallel where
-    trained.
-    optimizer: None for frozen roles.
+    chunks: this rank's parts of the model, in order: one, or as many as vpp. modules: what the schedules run: the
+    chunks, each inside DistributedDataParallel where trained.
+    optimizer: of all chunks; None for frozen roles.
     """
 
     name: str
     shape: ModelShape
     groups: RoleGroups
-    stage: PackedModel
-    module: MegatronModule
+    chunks: list[PackedModel]
+    modules: list[MegatronModule]
     optimizer: DistributedOptimizer | None
+
+    @property
+    def stage(self) -> PackedModel:
+        """The last chunk: on the last pipeline rank the one with the head."""
+        return self.chunks[-1]
 
     @property
     def device(self) -> torch.device:
@@ -136,21 +141,23 @@ def make_role(
     trained: bool = False,
     eps: float = 1e-8,
 ) -> Role:
-    stage = build_model(
+    chunks = build_chunks(
         config.model,
         shape,
         groups,
         sequence_parallel=config.parallel.sequence_parallel,
         extra_scalar_head=extra_scalar_head,
     )
-    if torch.cuda.is_available():
-        stage.cuda()  # norms and scalar heads are made on the host
-    load_weights(stage, reader, source, head="fresh" if fresh_head else "load", seed=config.train.seed)
+    for chunk in chunks:
+        if torch.cuda.is_available():
+            chunk.cuda()  # norms and scalar heads are made on the host
+        load_weights(chunk, reader, source, head="fresh" if fresh_head else "load", seed=config.train.seed)
+        if not trained:
+            chunk.requires_grad_(False)
     if not trained:
-        stage.requires_grad_(False)
-        return Role(name, shape, groups, stage, stage, None)
-    module, optimizer = _trainable(stage, groups, config.optim, eps=eps)
-    return Role(name, shape, groups, stage, module, optimizer)
+        return Role(name, shape, groups, chunks, list(chunks), None)
+    modules, optimizer = _trainable(chunks, groups, config.optim, eps=eps)
+    return Role(name, shape, groups, chunks, list(modules), optimizer)
 
 
 def random_reader(shape: ModelShape, config: RunConfig) -> WeightReader:
@@ -159,14 +166,15 @@ def random_reader(shape: ModelShape, config: RunConfig) -> WeightReader:
 
 
 def _trainable(
-    stage: PackedModel, groups: RoleGroups, config: OptimConfig, *, eps: float
-) -> tuple[DistributedDataParallel, DistributedOptimizer]:
+    chunks: list[PackedModel], groups: RoleGroups, config: OptimConfig, *, eps: float
+) -> tuple[list[DistributedDataParallel], DistributedOptimizer]:
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
     )
-    module = DistributedDataParallel(stage.config, settings, stage, pg_collection=groups.megatron)
-    optimizer = make_optimizer(module, groups, config, eps=eps, bf16=stage.config.bf16)
-    return module, optimizer
+    modules = [
+        DistributedDataParallel(chunk.config, settings, chunk, pg_collection=groups.megatron) for chunk in chunks
+    ]
+    return modules, make_optimizer(modules, groups, config, eps=eps, bf16=chunks[0].config.bf16)
 
 
 def role_packs(role: Role, sequences: Sequence[Tensor], rows: Rows, tokens_per_microbatch: int) -> list[Pack]:
@@ -185,7 +193,9 @@ def grouped_packs(
     check_vocabulary(role, max((int(sequence.max()) for sequence in sequences), default=0))
     layout, config = role.groups.layout, role.stage.config
     lengths = [sum(sequences[i].numel() for i in unit) for unit in units]
-    mine = balance(lengths, layout.dp, tokens_per_microbatch)[role.groups.dp_rank]
+    # The interleaved schedule takes micro-batches in groups of as many as there are stages.
+    group_size = layout.pp if layout.vpp > 1 else 1
+    mine = balance(lengths, layout.dp, tokens_per_microbatch, multiple_of=group_size)[role.groups.dp_rank]
     return make_packs(
         sequences,
         rows,

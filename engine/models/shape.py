@@ -101,8 +101,11 @@ def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool =
     )
 
 
-def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
-    """Raises ConfigError unless the model's heads, feed-forward width and layers can be split over tp and pp ranks."""
+def check_split(shape: ModelShape, *, tp: int, pp: int, vpp: int) -> None:
+    """Raises ConfigError unless the model's heads, feed-forward width and layers can be split over tp and pp ranks.
+
+    vpp: model chunks per pipeline rank.
+    """
     faults = [
         f"{name} {size} of the model is not divisible by tp {tp}; choose a tp that divides it"
         for name, size in (("num_heads", shape.num_heads), ("ffn_hidden_size", shape.ffn_hidden_size))
@@ -113,6 +116,11 @@ def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
     if shape.num_layers % pp:
         faults.append(
             f"the model's {shape.num_layers} layers are not divisible by pp {pp}; choose a pp that divides them"
+        )
+    elif shape.num_layers % (pp * vpp):
+        faults.append(
+            f"the model's {shape.num_layers} layers are not divisible by pp {pp} * vpp {vpp} = {pp * vpp} chunks; "
+            f"choose a vpp that divides the {shape.num_layers // pp} layers of a pipeline stage"
         )
     if faults:
         raise ConfigError("\n".join(faults))

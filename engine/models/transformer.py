@@ -1,7 +1,9 @@
 """Llama-family models on Megatron-core's GPTModel: configuration, layer spec, and forward over a pack.
 
-`PackedModel` is GPTModel with another forward: it returns hidden states (between stages) or the hidden states of the
-rows that the pack selects (last stage). Heads work on those rows alone, so no logits of prompt tokens ever exist.
+`PackedModel` is GPTModel with another forward: it returns hidden states (between chunks) or the hidden states of the
+rows that the pack selects (last chunk). Heads work on those rows alone, so no logits of prompt tokens ever exist.
+
+A pipeline rank holds one chunk of the model, or `vpp` of them, which take turns (interleaved pipeline parallelism).
 """
 
 from typing import Any
@@ -56,7 +58,10 @@ class ScalarHead(torch.nn.Module):
 
 
 class PackedModel(GPTModel):
-    """One pipeline stage of a policy (vocabulary head) or of a reward / value model (scalar head)."""
+    """One chunk of a policy (vocabulary head) or of a reward / value model (scalar head): layers that follow each
+    other on one pipeline rank, the first chunk of the first rank with the embedding, the last of the last with the
+    head.
+    """
 
     def __init__(
         self,
@@ -65,51 +70,55 @@ class PackedModel(GPTModel):
         groups: RoleGroups,
         attention: str,
         *,
+        chunk: int,
         extra_scalar_head: bool,
     ) -> None:
+        # What Megatron calls it; it takes no number where there is no interleaving.
+        vp_stage = chunk if groups.layout.vpp > 1 else None
         super().__init__(
             config,
-            _layer_spec(config, groups),
+            _layer_spec(config, groups, vp_stage),
             vocab_size=shape.padded_vocab_size(groups.layout.tp),
             max_sequence_length=shape.max_position_embeddings,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=groups.is_first_stage and chunk == 0,
+            post_process=groups.is_last_stage and chunk == groups.layout.vpp - 1,
             share_embeddings_and_output_weights=shape.tie_embeddings,
             position_embedding_type="none",  # rotary factors come with the pack
             pg_collection=groups.megatron,
+            vp_stage=vp_stage,
         )
         _mark_tensor_parallel(self)
         self.shape = shape
-        self.has_scalar_head = shape.scalar or extra_scalar_head  # of the whole model, whatever this stage holds
+        self.has_scalar_head = shape.scalar or extra_scalar_head  # of the whole model, whatever this chunk holds
         # Whether `forward` sums the gradients of its result over tp, by a reduce-scatter. Scalar heads give every rank
         # the whole gradient.
         self.sums_hidden_grad = config.sequence_parallel and not self.has_scalar_head
         self.backend = choose_backend(attention, config.params_dtype)
-        if shape.scalar and groups.is_last_stage:
+        if shape.scalar and self.post_process:
             # Frees the vocabulary head that GPTModel made.
             self.output_layer = ScalarHead(shape.hidden_size, config)
-        if extra_scalar_head and groups.is_last_stage:
+        if extra_scalar_head and self.post_process:
             self.scalar_head = ScalarHead(shape.hidden_size, config)
 
     def vocabulary_weight(self) -> Tensor:
-        """Last stage of a model with a vocabulary head: its weight [V/tp, H]."""
+        """Last chunk of a model with a vocabulary head: its weight [V/tp, H]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def scalars(self, hidden: Tensor) -> Tensor:
-        """Last stage of a model with a scalar head: hidden [M, H] -> [M] float32."""
+        """Last chunk of a model with a scalar head: hidden [M, H] -> [M] float32."""
         return self._scalar_head()(hidden)
 
     def scalar_weight(self) -> Tensor:
-        """Last stage of a model with a scalar head: its weight [1, H], for losses that compute the head themselves."""
+        """Last chunk of a model with a scalar head: its weight [1, H], for losses that compute the head themselves."""
         return self._scalar_head().weight
 
     def _scalar_head(self) -> ScalarHead:
         return self.output_layer if self.shape.scalar else self.scalar_head
 
     def forward(self, pack: Pack) -> Tensor:
-        """Hidden states [N(/tp), 1, H] of this stage; on the last stage those of the rows that the pack selects, [M,
+        """Hidden states [N(/tp), 1, H] of this chunk; of the last chunk those of the rows that the pack selects, [M,
         H].
         """
         cos, sin = rotary_factors(pack.positions, self.shape)
@@ -159,7 +168,7 @@ def _mark_tensor_parallel(model: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], 1)
 
 
-def build_model(
+def build_chunks(
     model: ModelConfig,
     shape: ModelShape,
     groups: RoleGroups,
@@ -167,14 +176,17 @@ def build_model(
     sequence_parallel: bool,
     extra_scalar_head: bool = False,
     on_cpu: bool = False,
-) -> PackedModel:
-    """This rank's stage with uninitialised weights (they are always loaded or drawn afterwards).
+) -> list[PackedModel]:
+    """This rank's chunks, in order, with uninitialised weights (they are always loaded or drawn afterwards).
 
     extra_scalar_head: a scalar head beside the vocabulary head (reward models while the LM term of Eq. 2 trains them).
     """
-    check_split(shape, tp=groups.layout.tp, pp=groups.layout.pp)
+    check_split(shape, tp=groups.layout.tp, pp=groups.layout.pp, vpp=groups.layout.vpp)
     config = transformer_config(model, shape, groups, sequence_parallel=sequence_parallel, on_cpu=on_cpu)
-    return PackedModel(config, shape, groups, model.attention, extra_scalar_head=extra_scalar_head)
+    return [
+        PackedModel(config, shape, groups, model.attention, chunk=chunk, extra_scalar_head=extra_scalar_head)
+        for chunk in range(groups.layout.vpp)
+    ]
 
 
 def transformer_config(
@@ -202,6 +214,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=sequence_parallel and layout.tp > 1,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -214,13 +227,16 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        batch_p2p_comm=torch.cuda.is_available(),
+        # With two stages and batched exchanges the interleaved schedule mixes up what goes forward and backward: the
+        # losses would be wrong, silently.
+        batch_p2p_comm=torch.cuda.is_available() and layout.vpp == 1,
+        overlap_p2p_comm=layout.vpp > 1,
         deallocate_pipeline_outputs=False,
         **recompute,
     )
 
 
-def _layer_spec(config: TransformerConfig, groups: RoleGroups) -> TransformerBlockSubmodules:
+def _layer_spec(config: TransformerConfig, groups: RoleGroups, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's layers with our norm, attention and activation; no TransformerEngine, no apex."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
@@ -254,5 +270,5 @@ def _layer_spec(config: TransformerConfig, groups: RoleGroups) -> TransformerBlo
             },
         ),
     )
-    num_layers = get_num_layers_to_build(config, pp_rank=groups.pp_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank=groups.pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

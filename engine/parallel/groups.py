@@ -19,13 +19,14 @@ class RoleGroups:
     megatron: tp, pp, dp and the rest under Megatron's names.
     results: the ranks with this rank's tp coordinate: a sum over them brings every result of the last stages to every
     rank.
-    tokens: the ranks of pp once more: sampled tokens travel back beside the hidden states that travel forward.
+    back: the ranks of pp once more: sampled tokens, and hidden states on their way from the last stage to the next
+    chunk of the first, travel back beside the hidden states that travel forward.
     """
 
     layout: ParallelLayout
     megatron: ProcessGroupCollection
     results: dist.ProcessGroup
-    tokens: dist.ProcessGroup | None
+    back: dist.ProcessGroup | None
 
     @property
     def tp_rank(self) -> int:
@@ -83,7 +84,7 @@ def _make(layout: ParallelLayout, timeout: datetime.timedelta) -> RoleGroups:
     groups.pos_embd = None
     results = grid.create_pg(["pp", "dp"], timeout=timeout)
     return RoleGroups(
-        layout=layout, megatron=groups, results=results, tokens=_own_group(grid.get_rank_enum(["pp"]), timeout)
+        layout=layout, megatron=groups, results=results, back=_own_group(grid.get_rank_enum(["pp"]), timeout)
     )
 
 

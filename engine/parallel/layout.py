@@ -12,11 +12,16 @@ from ppomax.engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """tp * pp * dp ranks: tensor-parallel ranks are neighbours, then pipeline stages, then replicas."""
+    """tp * pp * dp ranks: tensor-parallel ranks are neighbours, then pipeline stages, then replicas.
+
+    vpp: model chunks on each pipeline rank. The pp * vpp chunks of a model follow each other around the ranks: rank r
+    holds chunks r, pp + r, 2 pp + r, ...
+    """
 
     tp: int
     pp: int
     dp: int
+    vpp: int = 1
 
     @property
     def num_ranks(self) -> int:
@@ -42,7 +47,7 @@ def make_layout(role: str, layout: RoleLayout, world_size: int) -> ParallelLayou
             f"choose tp and pp so that their product is one of {fits}, or start a multiple of {replica_size} ranks "
             "(torchrun --nproc-per-node)"
         )
-    return ParallelLayout(tp=layout.tp, pp=layout.pp, dp=world_size // replica_size)
+    return ParallelLayout(tp=layout.tp, pp=layout.pp, dp=world_size // replica_size, vpp=layout.vpp)
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:

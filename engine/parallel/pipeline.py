@@ -1,6 +1,7 @@
 """The only callers of Megatron's schedules: a forward pass, or forward and backward, over the packs of one replica.
 
-Both give their results to every rank of the role, so that nothing above this file knows about stages.
+Both give their results to every rank of the role, so that nothing above this file knows about stages. A rank with
+several chunks of the model runs the interleaved schedule: as many packs as a multiple of pp, all of one length.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +20,14 @@ from ppomax.engine.parallel.groups import RoleGroups
 
 
 class LossFunction(Protocol):
-    """Of one pack on the last stage: hidden [M, H] of its rows -> (loss to add up, metrics [K] to add up)."""
+    """Of one pack after the last chunk: hidden [M, H] of its rows -> (loss to add up, metrics [K] to add up)."""
 
     def __call__(self, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
 def run_forward(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     groups: RoleGroups,
     packs: Sequence[Pack],
     compute: Callable[[Tensor, Pack], Tensor],
@@ -36,42 +37,50 @@ def run_forward(
 ) -> Tensor:
     """Runs `compute` on the rows of every pack of every replica; returns [num_outputs, width] float32 on every rank.
 
-    packs: those of this replica; replicas have equally many. compute: hidden [M, H] -> [M] or [M, width] on the last
-    stage. Places that no row's index names are 0. Collective over all ranks of the role.
+    chunks: this rank's, in order. packs: those of this replica; replicas have equally many.
+    compute: hidden [M, H] -> [M] or [M, width] on the last stage. Places that no row's index names are 0. Collective
+    over all ranks of the role.
     """
-    device = next(model.parameters()).device
-    model.eval()
+    device = next(chunks[0].parameters()).device
+    for chunk in chunks:
+        chunk.eval()
     outputs = torch.zeros(num_outputs, width, device=device)
 
-    def forward_step(iterator: Any, stage: torch.nn.Module) -> tuple[Tensor, Callable[..., None]]:
+    def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., None]]:
         pack = next(iterator).to(device)
 
         def store(hidden: Tensor, non_loss_data: bool = True) -> None:
             # The schedule keeps what this returns until its end: not the hidden states of every micro-batch.
             outputs[pack.index] = compute(hidden, pack).reshape(-1, width).float()
 
-        return stage(pack), store
+        return chunk(pack), store
 
-    _run_schedule(model, groups, packs, forward_step, forward_only=True)
+    _run_schedule(chunks, groups, packs, forward_step, forward_only=True)
     dist.all_reduce(outputs, group=groups.results)
     return outputs
 
 
 def run_forward_backward(
-    model: torch.nn.Module, groups: RoleGroups, packs: Sequence[Pack], loss: LossFunction, num_metrics: int
+    chunks: Sequence[torch.nn.Module],
+    groups: RoleGroups,
+    packs: Sequence[Pack],
+    loss: LossFunction,
+    num_metrics: int,
 ) -> Tensor:
     """Adds the gradients of the summed loss into the model's buffers, reduced over replicas; returns the summed
     metrics.
 
-    model: a DistributedDataParallel. packs: those of this replica; replicas have equally many.
+    chunks: this rank's, in order, each a DistributedDataParallel. packs: those of this replica; replicas have equally
+    many.
     Returns [1 + num_metrics] float64 on every rank: the loss, then the metrics. Collective over all ranks of the
     role.
     """
-    device = next(model.parameters()).device
-    model.train()
+    device = next(chunks[0].parameters()).device
+    for chunk in chunks:
+        chunk.train()
     sums = torch.zeros(1 + num_metrics, dtype=torch.float64, device=device)
 
-    def forward_step(iterator: Any, stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         pack = next(iterator).to(device)
 
         def scaled(hidden: Tensor) -> tuple[Tensor, Tensor, dict]:
@@ -82,31 +91,36 @@ def run_forward_backward(
             # divided by.
             return value + hidden.sum() * 0.0, torch.ones((), dtype=torch.int, device=device), {}
 
-        return stage(pack), scaled
+        return chunk(pack), scaled
 
-    get_model_config(model).finalize_model_grads_func = _finalize_grads
-    _run_schedule(model, groups, packs, forward_step, forward_only=False)
+    get_model_config(chunks[0]).finalize_model_grads_func = _finalize_grads  # chunks share their configuration
+    _run_schedule(chunks, groups, packs, forward_step, forward_only=False)
     dist.all_reduce(sums, group=groups.results)
     return sums
 
 
-def _finalize_grads(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
+def _finalize_grads(chunks: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
     """Megatron's, without its division by the number of tokens: the losses already carry global weights."""
-    finalize_model_grads(model, None, **kwargs)
+    finalize_model_grads(chunks, None, **kwargs)
 
 
 def _run_schedule(
-    model: torch.nn.Module, groups: RoleGroups, packs: Sequence[Pack], forward_step: Callable, *, forward_only: bool
+    chunks: Sequence[torch.nn.Module],
+    groups: RoleGroups,
+    packs: Sequence[Pack],
+    forward_step: Callable,
+    *,
+    forward_only: bool,
 ) -> None:
-    layout, config = groups.layout, get_model_config(model)
+    layout, config = groups.layout, get_model_config(chunks[0])
     pipelined = (
         {} if layout.pp == 1 else {"p2p_communicator": P2PCommunicator(pp_group=groups.megatron.pp, config=config)}
     )
-    schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=None)
+    schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vpp if layout.vpp > 1 else None)
     schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(packs),
-        model=[model],
+        data_iterator=[iter(packs) for _ in chunks],  # each chunk takes every pack
+        model=list(chunks),
         num_microbatches=len(packs),
         seq_length=packs[0].tokens.numel(),
         micro_batch_size=1,

@@ -1,4 +1,4 @@
-"""Collectives of a role outside Megatron's schedules: between stages, from the last stage, over replicas."""
+"""Collectives of a role outside Megatron's schedules: between chunks, from the last stage, over replicas."""
 
 import torch
 import torch.distributed as dist
@@ -10,18 +10,22 @@ from ppomax.engine.parallel.groups import RoleGroups
 def receive_from_previous_stage(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, groups: RoleGroups
 ) -> Tensor:
-    """The tensor that the previous pipeline stage sends; not for the first stage."""
+    """The tensor that the previous pipeline stage sends; to the first stage the last one, after each chunk but its
+    last.
+    """
     hidden = torch.empty(shape, dtype=dtype, device=device)
-    dist.recv(hidden, group=groups.megatron.pp, group_src=groups.pp_rank - 1)
+    group = groups.back if groups.is_first_stage else groups.megatron.pp
+    dist.recv(hidden, group=group, group_src=(groups.pp_rank - 1) % groups.layout.pp)
     return hidden
 
 
 def start_send_to_next(hidden: Tensor, groups: RoleGroups) -> tuple[Tensor, dist.Work]:
-    """Starts to give a tensor to the next pipeline stage; not for the last stage. Both results are to be kept until
-    the second is waited for.
+    """Starts to give a tensor to the next pipeline stage, from the last one to the first. Both results are to be kept
+    until the second is waited for.
     """
     hidden = hidden.contiguous()
-    work = dist.isend(hidden, group=groups.megatron.pp, group_dst=groups.pp_rank + 1)
+    group = groups.back if groups.is_last_stage else groups.megatron.pp
+    work = dist.isend(hidden, group=group, group_dst=(groups.pp_rank + 1) % groups.layout.pp)
     assert work is not None
     return hidden, work
 
@@ -32,7 +36,7 @@ def start_broadcast_of_last_stage(x: Tensor, groups: RoleGroups) -> dist.Work | 
     """
     if groups.layout.pp == 1:
         return None
-    return dist.broadcast(x, group=groups.tokens, group_src=groups.layout.pp - 1, async_op=True)
+    return dist.broadcast(x, group=groups.back, group_src=groups.layout.pp - 1, async_op=True)
 
 
 def sum_over_replicas(x: Tensor, groups: RoleGroups) -> None:

@@ -23,7 +23,7 @@ def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) 
     def compute(hidden: Tensor, pack: Pack) -> Tensor:
         return torch.stack(head_logprobs(role, hidden, pack.labels), dim=-1)
 
-    outputs = run_forward(role.module, role.groups, packs, compute, rollout.response_mask.numel(), width=2)
+    outputs = run_forward(role.modules, role.groups, packs, compute, rollout.response_mask.numel(), width=2)
     logprobs, entropy = outputs.unbind(-1)
     shape = rollout.response_mask.shape
     return logprobs.reshape(shape), entropy.reshape(shape)
@@ -34,7 +34,7 @@ def token_values(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) ->
     sequences, rows = _response_sequences(rollout)
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
     values = run_forward(
-        role.module, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), rollout.response_mask.numel()
+        role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), rollout.response_mask.numel()
     )
     return values.reshape(rollout.response_mask.shape)
 
@@ -44,7 +44,7 @@ def sequence_scores(role: Role, sequences: Sequence[Tensor], *, tokens_per_micro
     rows = last_token_rows([sequence.numel() for sequence in sequences])
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
     scores = run_forward(
-        role.module, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), len(sequences)
+        role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), len(sequences)
     )
     return scores.squeeze(-1)
 
@@ -74,8 +74,8 @@ def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_micro
         )
 
     num_outputs = rollout.response_mask.numel()
-    run_forward(reference.module, reference.groups, packs, keep, num_outputs)
-    kl = run_forward(policy.module, policy.groups, packs, compute, num_outputs)
+    run_forward(reference.modules, reference.groups, packs, keep, num_outputs)
+    kl = run_forward(policy.modules, policy.groups, packs, compute, num_outputs)
     return kl.reshape(rollout.response_mask.shape)
 
 

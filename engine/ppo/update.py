@@ -120,7 +120,7 @@ def _policy_gradients(
     packs = role_packs(policy, [*sequences, *ptx_sequences], rows, settings.tokens_per_microbatch)
     zero_gradients(policy)
     objective = PolicyObjective(policy, targets, config)
-    sums = run_forward_backward(policy.module, policy.groups, packs, objective, len(POLICY_METRICS)).tolist()
+    sums = run_forward_backward(policy.modules, policy.groups, packs, objective, len(POLICY_METRICS)).tolist()
     return dict(zip(("policy_objective", *POLICY_METRICS), sums, strict=True))
 
 
@@ -129,7 +129,7 @@ def _critic_gradients(critic: Role, batch: Experience, weights: Tensor, settings
     packs = role_packs(critic, sequences, rows, settings.tokens_per_microbatch)
     objective = ValueObjective(critic, batch.values.flatten(), batch.returns.flatten(), weights.flatten(), settings.ppo)
     zero_gradients(critic)
-    sums = run_forward_backward(critic.module, critic.groups, packs, objective, len(VALUE_METRICS)).tolist()
+    sums = run_forward_backward(critic.modules, critic.groups, packs, objective, len(VALUE_METRICS)).tolist()
     return dict(zip(VALUE_METRICS, sums[1:], strict=True)) | {"value_objective": sums[0]}
 
 

@@ -7,6 +7,7 @@ it: `launch` does not wait for a GPU, `collect` reads the tokens of launched ste
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ppomax.engine.config import SamplingConfig
 from ppomax.engine.models.roles import Role
+from ppomax.engine.models.transformer import PackedModel
 from ppomax.engine.parallel.stages import receive_from_previous_stage, start_broadcast_of_last_stage, start_send_to_next
 from ppomax.engine.rollout.batch import NUM_DRAWN, Batch
 from ppomax.engine.rollout.draw import StopRule, draw
@@ -23,7 +25,7 @@ from ppomax.engine.rollout.inference import InferenceStage
 from ppomax.engine.rollout.paged_cache import PagedCache, PagedStep
 from ppomax.engine.rollout.pages import pages_for
 from ppomax.engine.rollout.scheduler import Limits, Request, Scheduler
-from ppomax.engine.rollout.step_inputs import StepSizes, StepTables, split_inputs, to_device
+from ppomax.engine.rollout.step_inputs import StepNumbers, StepSizes, StepTables, split_inputs, to_device
 
 
 @dataclass
@@ -58,6 +60,14 @@ class Drawn:
         return [int(token) for token in self.tokens.tolist()]
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way through the chunks."""
+
+    numbers: StepNumbers
+    sizes: StepSizes
+
+
 class Flight:
     """Requests of one replica, with a scheduler and a cache. All ranks of the replica take the same steps."""
 
@@ -75,13 +85,21 @@ class Flight:
         self.role, self.batch, self.limits, self.sampling, self.stop = role, batch, limits, sampling, stop
         self.stage, self.on_token = stage, on_token
         self.scheduler = Scheduler(requests, limits)
-        self.cache = PagedCache(role.stage, num_pages=limits.num_pages, page_size=limits.page_size)
+        self.cache = PagedCache(role.chunks, num_pages=limits.num_pages, page_size=limits.page_size)
         width = pages_for(limits.max_context, limits.page_size)
         self._tables = StepTables([request.index for request in requests], limits.page_size, width)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: list[DecodeGraphs] = []
         if uses_graphs(sampling, role.device):
-            requests_dim = 1 if role.groups.is_last_stage else 0
-            self._graphs = DecodeGraphs(self._compute, width=width, requests_dim=requests_dim, device=role.device)
+            self._graphs = [
+                DecodeGraphs(
+                    partial(self._compute, number),
+                    width=width,
+                    requests_dim=1 if chunk.post_process else 0,
+                    device=role.device,
+                )
+                for number, chunk in enumerate(role.chunks)
+            ]
+        self._launched: Launched | None = None
         self._arriving: list[Drawn] = []
         self._unread: deque[Drawn] = deque()
         self._ended: set[int] = set()
@@ -92,29 +110,36 @@ class Flight:
         return self.scheduler.is_done and not self._unread
 
     def launch(self) -> bool:
-        """Plans and starts the next step; False where there is none before `collect`."""
-        step = self.scheduler.plan()
+        """Plans the next step and takes it through the first chunk; False where there is none before `collect`."""
+        step, self._launched = self.scheduler.plan(), None
         if step is None:
             return False
         self._settle()
         self.cache.copy_pages(step.copies)
         tables = [self.scheduler.page_table(entry.request) for entry in step.entries]
-        numbers, sizes = self._tables.of(step.entries, tables)
-        received = self._receive(sizes.tokens)
-        if self._graphs is not None and sizes.only_decodes:
-            result = self._graphs.run(numbers, received)
+        self._launched = Launched(*self._tables.of(step.entries, tables))
+        self.run_chunk(0)
+        return True
+
+    def run_chunk(self, number: int) -> None:
+        """Takes the launched step, if there is one, through a chunk of this stage; after the last one it draws."""
+        if self._launched is None:
+            return
+        numbers, sizes, chunk = self._launched.numbers, self._launched.sizes, self.role.chunks[number]
+        received = self._receive(chunk, sizes.tokens)
+        if self._graphs and sizes.only_decodes:
+            result = self._graphs[number].run(numbers, received)
         else:
-            result = self._compute(to_device(numbers.packed(), self.role.device), sizes, received)
-        if not self.role.groups.is_last_stage:
+            result = self._compute(number, to_device(numbers.packed(), self.role.device), sizes, received)
+        if not chunk.post_process:
             self._send(result)
             result = torch.empty(NUM_DRAWN, sizes.drawn, dtype=torch.float64, device=self.role.device)
-        if sizes.drawn > 0:
+        if chunk is self.role.chunks[-1] and sizes.drawn > 0:
             arrival = start_broadcast_of_last_stage(result, self.role.groups)
             index, positions = to_device(np.stack([numbers.drawn_index, numbers.drawn_positions]), self.role.device)
             drawn = Drawn(numbers.drawn_index.tolist(), index, positions, result, arrival)
             self._arriving.append(drawn)
             self._unread.append(drawn)
-        return True
 
     def collect(self, *, leave: int) -> None:
         """Reads the tokens of all launched steps but the newest `leave`; waits for the device as far as it must."""
@@ -149,9 +174,9 @@ class Flight:
             drawn.start_reading()
         self._arriving = []
 
-    def _compute(self, numbers: Tensor, sizes: StepSizes, received: Tensor | None) -> Tensor:
-        """Takes the tokens of a step through this stage: what it sends to the next one, [N, H], or what it draws,
-        [NUM_DRAWN, M].
+    def _compute(self, number: int, numbers: Tensor, sizes: StepSizes, received: Tensor | None) -> Tensor:
+        """Takes the tokens of a step through a chunk of this stage: what the next chunk gets, [N, H], or after the last
+        of all what is drawn, [NUM_DRAWN, M].
         """
         inputs = split_inputs(numbers, sizes)
         view = PagedStep(
@@ -165,8 +190,8 @@ class Flight:
         )
         rows = inputs.rows if sizes.drawn < sizes.tokens else None
         tokens = self.batch.tokens[inputs.index, inputs.positions]
-        hidden = self.stage(tokens, inputs.positions, rows, received, view)
-        if not self.role.groups.is_last_stage:
+        hidden = self.stage.run_chunk(number, tokens, inputs.positions, rows, received, view)
+        if not self.role.chunks[number].post_process:
             return hidden
         return draw(
             self.role,
@@ -178,13 +203,12 @@ class Flight:
             self.stop,
         )
 
-    def _receive(self, num_tokens: int) -> Tensor | None:
-        """What the stage before sends; None on the first one."""
-        role, groups = self.role, self.role.groups
-        if groups.is_first_stage:
+    def _receive(self, chunk: PackedModel, num_tokens: int) -> Tensor | None:
+        """What the chunk before sends; None for the first of all."""
+        if chunk.pre_process:
             return None
-        sizes = (num_tokens, role.shape.hidden_size)
-        return receive_from_previous_stage(sizes, role.stage.config.params_dtype, role.device, groups)
+        sizes = (num_tokens, self.role.shape.hidden_size)
+        return receive_from_previous_stage(sizes, chunk.config.params_dtype, self.role.device, self.role.groups)
 
     def _send(self, hidden: Tensor) -> None:
         if self._sent is not None:

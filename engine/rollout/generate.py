@@ -1,9 +1,10 @@
 """Responses sampled from the weights that are being trained: continuous batching over a paged key / value cache.
 
 Each replica takes a share of the prompts. Its requests run in as many flights as there are pipeline stages, so that
-every stage has one to work on; a flight takes one step at a time (flight.py): every running request adds a token, and
-waiting prompts join in pieces while the step has room. A token depends on what precedes it, its position and the seed
-of its request: neither the company in a step nor layouts, page sizes or limits change it.
+every stage has one to work on; a flight takes one step at a time (flight.py), chunk by chunk where a stage has several:
+every running request adds a token, and waiting prompts join in pieces while the step has room. A token depends on what
+precedes it, its position and the seed of its request: neither the company in a step nor layouts, page sizes or limits
+change it.
 """
 
 import hashlib
@@ -67,7 +68,6 @@ def generate(
     context = min(role.shape.max_position_embeddings, max_length or role.shape.max_position_embeddings)
     _check_prompts(prompts, context)
     check_vocabulary(role, max(max(prompt) for prompt in prompts))
-    role.stage.eval()
     rows = [prompt for prompt in prompts for _ in range(samples)]
     wanted = limits or [sampling.max_new_tokens] * len(rows)
     max_lengths = [min(context, len(prompt) + limit) for prompt, limit in zip(rows, wanted, strict=True)]
@@ -78,7 +78,7 @@ def generate(
     with torch_functions_as_they_are():
         flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
         default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
-        _run(flights, default if sampling.steps_ahead is None else sampling.steps_ahead)
+        _run(flights, len(role.chunks), default if sampling.steps_ahead is None else sampling.steps_ahead)
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
 
@@ -177,7 +177,7 @@ def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int
     pages = num_pages_for_budget(
         int(budget / role.groups.layout.pp),
         page_size=sampling.page_size,
-        num_layers=len(role.stage.decoder.layers),
+        num_layers=sum(len(chunk.decoder.layers) for chunk in role.chunks),
         num_groups=local_groups(role.stage),
         head_dim=role.shape.head_dim,
         itemsize=next(role.stage.parameters()).element_size(),
@@ -205,13 +205,19 @@ def _num_pages(parts: list[list[Request]], max_running: int, sampling: SamplingC
     return needed if affordable is None else min(needed, affordable)
 
 
-def _run(flights: list[Flight], steps_ahead: int) -> None:
-    """Takes turns with the flights until all requests have ended."""
+def _run(flights: list[Flight], num_chunks: int, steps_ahead: int) -> None:
+    """Takes turns with the flights until all requests have ended; num_chunks: of a stage.
+
+    All flights pass a chunk before the first of them passes the next one: no stage waits.
+    """
     while flights:
         for flight in flights:
             flight.collect(leave=steps_ahead)
             if not flight.launch():
                 flight.collect(leave=0)
+        for number in range(1, num_chunks):
+            for flight in flights:
+                flight.run_chunk(number)
         flights = [flight for flight in flights if not flight.is_done]
 
 

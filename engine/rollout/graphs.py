@@ -45,7 +45,7 @@ class Recording:
 
 
 class DecodeGraphs:
-    """compute(vector, sizes, received) takes a step through one stage; width: pages of one request.
+    """compute(vector, sizes, received) takes a step through one chunk; width: pages of one request.
 
     requests_dim: dimension of its result that counts requests: 0 for hidden states, 1 for drawn tokens.
     Every rank of the replica runs, and records, the same sizes at the same steps: collectives of the step are in it.
@@ -89,7 +89,7 @@ class DecodeGraphs:
         """
 
         def compute() -> Tensor:
-            # The stage works in place on what it receives.
+            # The chunk works in place on what it receives.
             return self._compute(vector, sizes, None if received is None else received.clone())
 
         side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""The forward pass of generation: one pipeline stage over the tokens of a step, by plain products and our kernels.
+"""The forward pass of generation: a chunk of this rank over the tokens of a step, by plain products and our kernels.
 
 It reads the weights that are trained, in place, and leaves out what training needs: autograd, Megatron's modules with
 their hooks, sequence parallelism. On a CPU matrices are kept a second time, transposed, while generation lasts:
@@ -6,6 +6,7 @@ products with few rows, of which decoding consists, are up to twice as fast.
 """
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -35,35 +36,44 @@ class _Layer:
 
 
 class InferenceStage:
-    """The stage of a role on this rank. Made once per call of the generator: weights must not change meanwhile.
+    """The stage of a role on this rank, in one chunk or several. Made once per call of the generator: weights must not
+    change meanwhile.
 
     max_length: the longest request, tokens.
     """
 
     def __init__(self, role: Role, max_length: int) -> None:
-        stage = role.stage
-        self.config, self.tp = stage.config, role.groups.megatron.tp
-        self.embedding = stage.embedding.word_embeddings.weight if stage.pre_process else None
-        self.layers = [_layer(layer) for layer in stage.decoder.layers]
+        first, last = role.chunks[0], role.chunks[-1]
+        self.config, self.tp = first.config, role.groups.megatron.tp
+        self.embedding = first.embedding.word_embeddings.weight if first.pre_process else None
+        numbers = count()  # of the layers on this rank: their places in the cache
+        self.chunks = [[(next(numbers), _layer(layer)) for layer in chunk.decoder.layers] for chunk in role.chunks]
         heads_per_group = self.config.num_attention_heads // self.config.num_query_groups
-        weight = self.layers[0].input_norm
+        weight = self.chunks[0][0][1].input_norm
         self.ops = decoding_ops(weight, head_dim=self.config.kv_channels, heads_per_group=heads_per_group)
-        self.final_norm = stage.decoder.final_layernorm.weight if stage.post_process else None
-        self.head = _matrix(stage.vocabulary_weight()) if stage.post_process else None
+        self.final_norm = last.decoder.final_layernorm.weight if last.post_process else None
+        self.head = _matrix(last.vocabulary_weight()) if last.post_process else None
         positions = torch.arange(max_length, device=role.device)
         self.cos, self.sin = (x.contiguous() for x in rotary_factors(positions, role.shape))
 
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, rows: Tensor | None, received: Tensor | None, step: PagedStep
+    def run_chunk(
+        self,
+        chunk: int,
+        tokens: Tensor,
+        positions: Tensor,
+        rows: Tensor | None,
+        received: Tensor | None,
+        step: PagedStep,
     ) -> Tensor:
-        """Hidden states [N, H] of this stage; on the last stage, normalised, those of `rows` [M] (None: all), [M, H].
+        """Hidden states [N, H] of a chunk; of the last chunk of the last stage, normalised, those of `rows` [M] (None:
+        all), [M, H].
 
-        tokens, positions [N] int64. received [N, H]: from the stage before, overwritten; None on the first stage.
+        tokens, positions [N] int64. received [N, H]: from the chunk before, overwritten; None for the first of all.
         """
         hidden = self._embed(tokens) if received is None else received
         cos, sin = self.cos[positions], self.sin[positions]
         ops, eps = self.ops, self.config.layernorm_epsilon
-        for number, layer in enumerate(self.layers):
+        for number, layer in self.chunks[chunk]:
             normed = ops.rms_norm(hidden, layer.input_norm, eps)
             mixed = _product(normed, layer.qkv, layer.qkv_bias)
             mixed = own_groups(mixed, self.config, self.tp)  # [N, groups, heads_per_group + 2, head_dim]
@@ -74,7 +84,7 @@ class InferenceStage:
             hidden = self._add(hidden, attended, layer.projection)
             normed = ops.rms_norm(hidden, layer.mlp_norm, eps)
             hidden = self._add(hidden, ops.swiglu(normed @ layer.gate_up), layer.down)
-        if self.final_norm is None:
+        if self.final_norm is None or chunk < len(self.chunks) - 1:
             return hidden
         if rows is not None:
             hidden = hidden.index_select(0, rows)

@@ -1,6 +1,6 @@
 """Keys and values of the tokens that requests have behind them, in pages that the host hands out (pages.py).
 
-`PagedCache` is the memory of one pipeline stage. `PagedStep` is what attention sees of it in one step: each request
+`PagedCache` is the memory of one pipeline rank. `PagedStep` is what attention sees of it in one step: each request
 brings one token or a piece of its prompt, and looks back at its own pages.
 """
 
@@ -15,11 +15,12 @@ from ppomax.kernels.decoding import DecodingOps
 
 
 class PagedCache:
-    """Rotated keys, and values: [layers of this stage, pages, page_size, groups (/tp), head_dim] each."""
+    """Rotated keys, and values: [layers of this rank's chunks, pages, page_size, groups (/tp), head_dim] each."""
 
-    def __init__(self, stage: PackedModel, *, num_pages: int, page_size: int) -> None:
-        weight = next(stage.parameters())
-        sizes = (len(stage.decoder.layers), num_pages, page_size, local_groups(stage), stage.shape.head_dim)
+    def __init__(self, chunks: Sequence[PackedModel], *, num_pages: int, page_size: int) -> None:
+        weight = next(chunks[0].parameters())
+        num_layers = sum(len(chunk.decoder.layers) for chunk in chunks)
+        sizes = (num_layers, num_pages, page_size, local_groups(chunks[0]), chunks[0].shape.head_dim)
         self.keys = torch.zeros(sizes, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
 
@@ -31,9 +32,9 @@ class PagedCache:
             self.values[:, targets] = self.values[:, sources]
 
 
-def local_groups(stage: PackedModel) -> int:
+def local_groups(chunk: PackedModel) -> int:
     """Groups of keys and values on this tp rank."""
-    return max(1, stage.shape.num_query_groups // stage.pg_collection.tp.size())
+    return max(1, chunk.shape.num_query_groups // chunk.pg_collection.tp.size())
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PagedStep:
     max_context: int
 
     def attend(self, ops: DecodingOps, layer: int, mixed: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Stores keys and values of the step's tokens in a layer of the cache, by its number in this stage; returns the
+        """Stores keys and values of the step's tokens in a layer of the cache, by its number on this rank; returns the
         output of attention [N, heads * head_dim].
 
         mixed [N, groups, heads_per_group + 2, head_dim]: query heads, key and value of each group, not yet rotated by

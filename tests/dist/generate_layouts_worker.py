@@ -4,9 +4,11 @@
 """
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ppomax.engine.config import ArchitectureConfig, ModelConfig, ParallelConfig, RunConfig, SamplingConfig
 from ppomax.engine.models.roles import make_role, random_reader
@@ -15,7 +17,10 @@ from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout import flight
 from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.rollout.graphs import DecodeGraphs, Recording
+from ppomax.engine.rollout.step_inputs import StepSizes
 
 # 97 tokens: padded at tp 2. Four layers: pp 4 has middle stages.
 SHAPE = ModelShape(
@@ -39,11 +44,14 @@ CASES = {
     "grouped tp2": (SHAPE, ParallelLayout(tp=2, pp=1, dp=2)),
     "grouped pp2": (SHAPE, ParallelLayout(tp=1, pp=2, dp=2)),
     "grouped tp2_pp2": (SHAPE, ParallelLayout(tp=2, pp=2, dp=1)),
+    "grouped pp2_vpp2": (SHAPE, ParallelLayout(tp=1, pp=2, dp=2, vpp=2)),
+    "grouped pp2_vpp2_graphs": (SHAPE, ParallelLayout(tp=1, pp=2, dp=2, vpp=2)),
     "grouped dp4": (SHAPE, ParallelLayout(tp=1, pp=1, dp=4)),
     "grouped tp2_sequence_parallel": (SHAPE, ParallelLayout(tp=2, pp=1, dp=2)),
     "tied one_process": (TIED, ParallelLayout(tp=1, pp=1, dp=1)),
     "tied pp4": (TIED, ParallelLayout(tp=1, pp=4, dp=1)),
     "tied tp2_pp2_sequence_parallel": (TIED, ParallelLayout(tp=2, pp=2, dp=1)),
+    "tied tp2_pp2_vpp2_sequence_parallel": (TIED, ParallelLayout(tp=2, pp=2, dp=1, vpp=2)),
     "one_group one_process": (ONE_GROUP, ParallelLayout(tp=1, pp=1, dp=1)),
     "one_group tp2": (ONE_GROUP, ParallelLayout(tp=2, pp=1, dp=2)),
 }
@@ -68,11 +76,22 @@ def case(name: str) -> dict[str, Rollout]:
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(shape.vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
     seeds = request_seeds(1, 2, len(prompts))
-    return {
-        "paper": generate(role, prompts, PAPER, seeds=seeds, eos_id=EOS, pad_id=0),
-        "greedy": generate(role, prompts, GREEDY, seeds=seeds, eos_id=EOS, pad_id=0),
-        "one_prompt": generate(role, prompts[2:3], PAPER, seeds=seeds[2:3], eos_id=EOS, pad_id=0),
-    }
+    with patch.object(flight, "uses_graphs", lambda *_: "graphs" in name), patch.object(DecodeGraphs, "_record", record):
+        return {
+            "paper": generate(role, prompts, PAPER, seeds=seeds, eos_id=EOS, pad_id=0),
+            "greedy": generate(role, prompts, GREEDY, seeds=seeds, eos_id=EOS, pad_id=0),
+            "one_prompt": generate(role, prompts[2:3], PAPER, seeds=seeds[2:3], eos_id=EOS, pad_id=0),
+        }
+
+
+def record(self: DecodeGraphs, vector: Tensor, sizes: StepSizes, received: Tensor | None) -> Recording:
+    """What a CUDA graph is on a CPU: the same function of the same memory."""
+
+    def compute() -> Tensor:
+        return self._compute(vector, sizes, None if received is None else received.clone())
+
+    output = compute()
+    return Recording(vector, received, output, lambda: output.copy_(compute()))
 
 
 def main(path: str) -> None:

@@ -24,13 +24,14 @@ from ppomax.engine.models.hf_export import export_weights
 from ppomax.engine.models.hf_names import weight_sizes
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
 from ppomax.engine.models.shape import ModelShape
-from ppomax.engine.models.transformer import PackedModel, build_model
+from ppomax.engine.models.transformer import PackedModel, build_chunks
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.parallel.pipeline import run_forward
 
-# Two key / value heads: at tp 4 one spans two ranks. 250 tokens: padded at tp 4. Four layers: pp 4 has middle stages.
+# Two key / value heads: at tp 4 one spans two ranks. 250 tokens: padded at tp 4. Four layers: pp 4 has middle stages,
+# and at pp 2 two chunks of a rank do not follow each other.
 SHAPE = ModelShape(
     vocab_size=250,
     hidden_size=64,
@@ -51,8 +52,11 @@ SHAPES = {
     "scalar": replace(SHAPE, scalar=True),
 }
 LAYOUTS = {
-    f"tp{tp}pp{pp}dp{dp}": ParallelLayout(tp=tp, pp=pp, dp=dp)
-    for tp, pp, dp in [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1), (1, 4, 1)]
+    f"tp{tp}pp{pp}vpp{vpp}dp{dp}": ParallelLayout(tp=tp, pp=pp, dp=dp, vpp=vpp)
+    for tp, pp, vpp, dp in [
+        *((1, 1, 1, 4), (2, 1, 1, 2), (1, 2, 1, 2), (2, 2, 1, 1), (4, 1, 1, 1), (1, 4, 1, 1)),
+        *((1, 2, 2, 2), (2, 2, 2, 1)),
+    ]
 }
 LENGTHS = (7, 1, 33, 12, 20)
 TOLERANCE = 2e-5
@@ -69,7 +73,7 @@ def main(root: Path) -> None:
         check_folder(root / name, groups)
     check_random_weights(root, groups)
     check_both_heads(root, groups)
-    check_failures(root, groups["tp2pp2dp1"])
+    check_failures(root, groups["tp2pp2vpp2dp1"])
     stop()
 
 
@@ -89,16 +93,16 @@ def check_folder(folder: Path, groups: dict[str, RoleGroups]) -> None:
     shape, reader = read_shape(str(folder)), SafetensorsReader(str(folder))
     expected = None
     for name, role_groups in groups.items():
-        model = load(shape, reader, role_groups)
-        outputs = forward(model, role_groups)
+        chunks = load(shape, reader, role_groups)
+        outputs = forward(chunks, role_groups)
         expected = outputs if expected is None else expected
         worst = (outputs - expected).abs().max().item()
         assert worst < TOLERANCE, f"{folder.name} {name}: differs by {worst} from four replicas"
         target = folder.with_name(f"{folder.name}-{name}")
-        save_hf(model, shape, role_groups, str(target), dtype=torch.float32, max_file_bytes=100_000)
+        save_hf(chunks, shape, role_groups, str(target), dtype=torch.float32, max_file_bytes=100_000)
         if dist.get_rank() == 0:
             assert_same(contents(target), contents(folder), f"{folder.name} {name}")
-        streamed = dict(export_weights(model, shape, role_groups, torch.float32, everywhere=True))
+        streamed = dict(export_weights(chunks, shape, role_groups, torch.float32, everywhere=True))
         assert_same(streamed, contents(folder), f"{folder.name} {name}, on every rank")
 
 
@@ -106,8 +110,8 @@ def check_random_weights(root: Path, groups: dict[str, RoleGroups]) -> None:
     reader = RandomReader(SHAPE, seed=3, std=0.1)
     wanted = {name: reader.read(name).bfloat16() for name in reader.sizes}
     for name, role_groups in groups.items():
-        model = load(SHAPE, reader, role_groups)
-        save_hf(model, SHAPE, role_groups, str(root / "random"), dtype=torch.bfloat16)
+        chunks = load(SHAPE, reader, role_groups)
+        save_hf(chunks, SHAPE, role_groups, str(root / "random"), dtype=torch.bfloat16)
         if dist.get_rank() == 0:
             assert_same(contents(root / "random"), wanted, f"random {name}")
 
@@ -118,10 +122,11 @@ def check_both_heads(root: Path, groups: dict[str, RoleGroups]) -> None:
     shape = read_shape(str(folder))
     heads = []
     for name, role_groups in groups.items():
-        model = build(shape, role_groups, extra_scalar_head=True)
-        load_weights(model, SafetensorsReader(str(folder)), str(folder), head="fresh", seed=4)
+        chunks = build(shape, role_groups, extra_scalar_head=True)
+        for chunk in chunks:
+            load_weights(chunk, SafetensorsReader(str(folder)), str(folder), head="fresh", seed=4)
         scalar_shape = replace(shape, scalar=True)
-        save_hf(model, scalar_shape, role_groups, str(root / f"both-{name}"), dtype=torch.float32)
+        save_hf(chunks, scalar_shape, role_groups, str(root / f"both-{name}"), dtype=torch.float32)
         dist.barrier()
         found = contents(root / f"both-{name}")
         heads.append(found.pop("score.weight"))
@@ -131,13 +136,13 @@ def check_both_heads(root: Path, groups: dict[str, RoleGroups]) -> None:
 
 def check_failures(root: Path, groups: RoleGroups) -> None:
     """What goes wrong on rank 0 ends every rank, leaves nothing behind, and a later export works."""
-    model = load(SHAPE, RandomReader(SHAPE, seed=3, std=0.1), groups)
+    chunks = load(SHAPE, RandomReader(SHAPE, seed=3, std=0.1), groups)
 
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     def save(folder: Path) -> None:
-        save_hf(model, SHAPE, groups, str(folder), dtype=torch.float32, max_file_bytes=100_000)
+        save_hf(chunks, SHAPE, groups, str(folder), dtype=torch.float32, max_file_bytes=100_000)
 
     assert_raises("is not the work of an earlier export", lambda: save(root / "llama"))
     working, hf_writer.save_file = hf_writer.save_file, full_disk
@@ -155,40 +160,41 @@ def assert_raises(message: str, action: Callable[[], None]) -> None:
         action()
 
 
-def build(shape: ModelShape, groups: RoleGroups, *, extra_scalar_head: bool = False) -> PackedModel:
-    return build_model(ModelConfig(), shape, groups, sequence_parallel=False, extra_scalar_head=extra_scalar_head)
+def build(shape: ModelShape, groups: RoleGroups, *, extra_scalar_head: bool = False) -> list[PackedModel]:
+    return build_chunks(ModelConfig(), shape, groups, sequence_parallel=False, extra_scalar_head=extra_scalar_head)
 
 
-def load(shape: ModelShape, reader: WeightReader, groups: RoleGroups) -> PackedModel:
-    model = build(shape, groups)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
-    load_weights(model, reader, "the reader")
-    return model
+def load(shape: ModelShape, reader: WeightReader, groups: RoleGroups) -> list[PackedModel]:
+    chunks = build(shape, groups)
+    for chunk in chunks:
+        with torch.no_grad():
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+        load_weights(chunk, reader, "the reader")
+    return chunks
 
 
-def forward(model: PackedModel, groups: RoleGroups) -> Tensor:
+def forward(chunks: list[PackedModel], groups: RoleGroups) -> Tensor:
     """Logits or values of every token of the ragged sequences."""
     generator = torch.Generator().manual_seed(2)
     sequences = [torch.randint(SHAPE.vocab_size, (length,), generator=generator) for length in LENGTHS]
     rows = [torch.arange(length) for length in LENGTHS]
     index = list(torch.arange(sum(LENGTHS)).split(LENGTHS))
-    replicas = balance(LENGTHS, groups.layout.dp, 40)
+    replicas = balance(LENGTHS, groups.layout.dp, 40, multiple_of=groups.layout.pp)
     packs = make_packs(sequences, Rows(rows, rows, index), replicas[groups.dp_rank], equal_lengths=True)
-    tp = groups.megatron.tp
+    tp, head = groups.megatron.tp, chunks[-1]
 
     def outputs(hidden: Tensor, pack: Pack) -> Tensor:
-        if model.shape.scalar:
-            return model.scalars(hidden)
-        logits = (hidden @ model.vocabulary_weight().T).contiguous()
+        if head.shape.scalar:
+            return head.scalars(hidden)
+        logits = (hidden @ head.vocabulary_weight().T).contiguous()
         parts = [torch.empty_like(logits) for _ in range(tp.size())]
         dist.all_gather(parts, logits, group=tp)
         assert not torch.cat(parts, dim=1)[:, SHAPE.vocab_size :].any(), "vocabulary padding is not zero"
         return torch.cat(parts, dim=1)[:, : SHAPE.vocab_size]
 
-    width = 1 if model.shape.scalar else SHAPE.vocab_size
-    return run_forward(model, groups, packs, outputs, sum(LENGTHS), width=width)
+    width = 1 if head.shape.scalar else SHAPE.vocab_size
+    return run_forward(chunks, groups, packs, outputs, sum(LENGTHS), width=width)
 
 
 def contents(folder: Path) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_pp2": (4, {"tp": 2, "pp": 2}),
     "pp2_tied": (2, {"pp": 2}),  # the policy shares its embedding with its head
     "tp2_tied": (2, {"tp": 2}),
+    "pp2_vpp2_tied": (2, {"pp": 2, "vpp": 2}),
 }
 LR, NUM_STEPS = 1e-3, 12  # three iterations of two epochs of two minibatches
 LOSSES = ("policy_objective", "value_loss", "entropy", "ptx_loss", "grad_norm", "reward", "reward_running_std")
@@ -108,7 +109,7 @@ def step_2(output: Path) -> Path:
     return output / "checkpoints" / "step_00000002"
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2_tied"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2_tied", "pp2_vpp2_tied"])
 def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, layout: str) -> None:
     expected = straight(layout)
     found = resume(step_2(expected), layout)
@@ -121,7 +122,7 @@ def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, l
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied")],
+    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied"), ("pp2_vpp2_tied", "tp2_tied"), ("pp2_tied", "pp2_vpp2_tied")],
 )
 def test_another_layout_can_go_on_from_a_checkpoint(straight, resume, saved: str, loaded: str) -> None:
     expected = straight(saved)

@@ -13,10 +13,13 @@ CASES = (
     "grouped tp2",
     "grouped pp2",
     "grouped tp2_pp2",
+    "grouped pp2_vpp2",
+    "grouped pp2_vpp2_graphs",
     "grouped dp4",
     "grouped tp2_sequence_parallel",
     "tied pp4",
     "tied tp2_pp2_sequence_parallel",
+    "tied tp2_pp2_vpp2_sequence_parallel",
     "one_group tp2",
 )
 SETTINGS = ("paper", "greedy", "one_prompt")

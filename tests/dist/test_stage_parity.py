@@ -27,7 +27,9 @@ RELATIVE = 1e-5
 NEAR_TIE = 1e-5
 WEIGHT_SHARE = 0.05
 """Of lr * steps: Adam makes a full step of what little noise a vanishing gradient has."""
-PASS_THROUGH_ZERO = dict.fromkeys(("policy_loss", "approx_kl", "kl", "kl_estimate", "advantage_mean"), 2e-6)
+PASS_THROUGH_ZERO = dict.fromkeys(
+    ("policy_loss", "approx_kl", "kl", "kl_estimate", "advantage_mean", "difference_mean"), 2e-6
+)
 """Absolute tolerances of means whose terms, of size 1, cancel."""
 NOISE = {
     "sampler_mismatch_mean": 1e-5,
@@ -46,12 +48,13 @@ SCHEDULES = "megatron.core.pipeline_parallel.schedules."
 
 @dataclass(frozen=True)
 class Case:
-    """How a stage is spread. tied: the policy shares its embedding with its head."""
+    """How a stage is spread. tied: the policy shares its embedding with its head. num_layers: of all models."""
 
     num_ranks: int
     parallel: dict[str, Any] = field(default_factory=dict)
     tokens_per_microbatch: int = 200
     tied: bool = False
+    num_layers: int = 4
 
 
 CASES = {
@@ -60,7 +63,17 @@ CASES = {
     "tp2_sequence_parallel": Case(2, {"tp": 2, "sequence_parallel": True}),
     "pp2_tied": Case(2, {"pp": 2}, tied=True),
     "pp2_dp2_tied": Case(4, {"pp": 2}, tied=True),
+    "pp2_vpp2": Case(2, {"pp": 2, "vpp": 2}, tokens_per_microbatch=70),
     "small_microbatches": Case(1, tokens_per_microbatch=70),
+}
+SLOW_CASES = {
+    "pp2_vpp2_tied": Case(2, {"pp": 2, "vpp": 2}, tied=True),
+    "pp2_vpp2_dp2": Case(4, {"pp": 2, "vpp": 2}),
+    "tp2_pp2_vpp2_sequence_parallel_tied": Case(
+        4, {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True}, tokens_per_microbatch=70, tied=True
+    ),
+    "pp2_vpp4_tied": Case(2, {"pp": 2, "vpp": 4}, tied=True, num_layers=8),
+    "pp4_vpp2_tied": Case(4, {"pp": 4, "vpp": 2}, tokens_per_microbatch=70, tied=True, num_layers=8),
 }
 MIXED = Case(
     4,
@@ -68,7 +81,7 @@ MIXED = Case(
         "policy": {"tp": 2, "pp": 2},
         "critic": {"tp": 1, "pp": 1},
         "reference": {"tp": 2, "pp": 1},
-        "reward": {"tp": 1, "pp": 2},
+        "reward": {"tp": 1, "pp": 2, "vpp": 2},
     },
 )
 
@@ -100,7 +113,7 @@ def run(on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path_factory: pytest.
         if key not in done:
             output = tmp_path_factory.mktemp(stage) / "run"
             train = {"tokens_per_microbatch": case.tokens_per_microbatch, **overrides.pop("train", {})}
-            config = tiny.config(stage, output, tied=case.tied, parallel=case.parallel, train=train, **overrides)
+            config = tiny.config(stage, output, tied=case.tied, num_layers=case.num_layers, parallel=case.parallel, train=train, **overrides)
             first, *others = on_ranks(case.num_ranks, traced_run, stage, config, mutation)
             for other in others:
                 assert other["steps"] == first["steps"], "ranks have different metrics"
@@ -125,7 +138,7 @@ def traced_run(stage: str, config: dict[str, Any], mutation: str) -> dict[str, A
             stats = original(trained, *args)
             trace["steps"].append(stats)
             for role, _ in trained:
-                trace["classes"] |= {full_name(base) for x in (role.module, role.optimizer) for base in type(x).mro()}
+                trace["classes"] |= {full_name(base) for x in (*role.modules, role.optimizer) for base in type(x).mro()}
             return stats
 
         return apply_gradients
@@ -181,7 +194,7 @@ def full_name(thing: Any) -> str:
 def mean_of_means(original: Callable, unit: str) -> Callable:
     """The classic fault: each rank, or each micro-batch, takes the mean over its own tokens; the means are averaged."""
 
-    def run_forward_backward(model: Any, groups: Any, packs: Any, loss: Callable, num_metrics: int) -> Tensor:
+    def run_forward_backward(chunks: Any, groups: Any, packs: Any, loss: Callable, num_metrics: int) -> Tensor:
         mine = sum(pack.rows.numel() for pack in packs)
         total = torch.tensor(float(mine))
         dist.all_reduce(total, group=groups.megatron.dp)
@@ -192,13 +205,13 @@ def mean_of_means(original: Callable, unit: str) -> Callable:
             factor = float(total) / (groups.layout.dp * max(1, own))
             return value * factor, metrics * factor
 
-        return original(model, groups, packs, faulty, num_metrics)
+        return original(chunks, groups, packs, faulty, num_metrics)
 
     return run_forward_backward
 
 
 def one_process(case: Case) -> Case:
-    return Case(1, tied=case.tied)
+    return Case(1, tied=case.tied, num_layers=case.num_layers)
 
 
 def assert_same_run(found: Run, expected: Run, *, lr: float = 1e-3) -> dict[str, float]:
@@ -272,12 +285,24 @@ def test_a_stage_gives_the_numbers_of_one_process(run: Runner, stage: str, name:
     print(stage, name, {kind: f"{value:.1e}" for kind, value in assert_same_run(found, expected).items()})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_more_layouts_give_the_numbers_of_one_process(run: Runner, stage: str, name: str) -> None:
+    case = SLOW_CASES[name]
+    found, expected = run(stage, case), run(stage, one_process(case))
+    print(stage, name, {kind: f"{value:.1e}" for kind, value in assert_same_run(found, expected).items()})
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", CASES)
 def test_the_classes_at_work_are_megatrons(run: Runner, stage: str, name: str) -> None:
     found = run(stage, CASES[name])
-    pipelined = CASES[name].parallel.get("pp", 1) > 1
-    schedule = "forward_backward_pipelining_without_interleaving" if pipelined else "forward_backward_no_pipelining"
+    parallel = CASES[name].parallel
+    schedule = "forward_backward_no_pipelining"
+    if parallel.get("pp", 1) > 1:
+        interleaved = parallel.get("vpp", 1) > 1
+        schedule = f"forward_backward_pipelining_{'with' if interleaved else 'without'}_interleaving"
     assert found.classes >= MEGATRON
     assert found.schedules == {SCHEDULES + schedule}
 

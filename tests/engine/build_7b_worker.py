@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ppomax.engine.config_file import load_config
 from ppomax.engine.models.shape import shape_from_init
-from ppomax.engine.models.transformer import build_model
+from ppomax.engine.models.transformer import build_chunks
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import make_layout
@@ -32,14 +32,14 @@ def main(path: str) -> None:
         layout = make_layout("policy", config.parallel.policy, size)
         groups = make_groups({"policy": layout})["policy"]
         with torch.device("meta"):
-            model = build_model(
+            chunks = build_chunks(
                 config.model,
                 shape,
                 groups,
                 sequence_parallel=config.parallel.sequence_parallel,
                 on_cpu=True,
             )
-        parameters = list(model.parameters())
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
         assert all(parameter.is_meta for parameter in parameters)
         per_rank.append(sum(parameter.numel() for parameter in parameters))
         # Megatron marks what it splits over tp; all else is the same on every tp rank.

@@ -32,9 +32,11 @@ def test_balance_deals_every_unit_once_in_equally_many_packs(lengths: list[int],
     assert sorted(unit for packs in dealt for pack in packs for unit in pack) == list(range(len(lengths)))
 
 
-@given(LENGTHS, st.integers(1, 5), st.integers(1, 60))
-def test_balance_exceeds_the_limit_only_for_a_unit_that_does(lengths: list[int], replicas: int, limit: int) -> None:
-    for packs in balance(lengths, replicas, limit):
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4))
+def test_balance_exceeds_the_limit_only_for_a_unit_that_does(
+    lengths: list[int], replicas: int, limit: int, multiple_of: int
+) -> None:
+    for packs in balance(lengths, replicas, limit, multiple_of=multiple_of):
         for pack in packs:
             assert len(pack) <= 1 or sum(lengths[unit] for unit in pack) <= limit
 
@@ -48,6 +50,12 @@ def test_balance_makes_even_packs_and_no_more_than_needed() -> None:
 
 def test_replicas_without_a_unit_get_empty_packs() -> None:
     assert balance([5], 3, 10) == [[[0]], [[]], [[]]]
+
+
+def test_balance_rounds_the_number_of_packs_up_to_a_multiple() -> None:
+    assert balance([5, 9, 7], 1, 10, multiple_of=2) == [[[1], [2], [0], []]]
+    assert balance([5, 5, 5], 1, 10, multiple_of=2) == [[[0, 2], [1]]]
+    assert balance([5], 2, 10, multiple_of=2) == [[[0], []], [[], []]]
 
 
 @given(LENGTHS, st.integers(1, 3), st.integers(20, 60), st.sampled_from([1, 2, 4]), st.booleans())

@@ -96,6 +96,18 @@ def test_parallel_tp_on_the_command_line_sets_roles_that_the_file_sets_too(toml)
     assert parallel.critic.pp == 2
 
 
+def test_parallel_vpp_sets_all_roles_and_one_role_may_differ():
+    settings = [*COMPLETE, "parallel.pp=2", "parallel.vpp=2", "parallel.critic.vpp=1"]
+    parallel = load_config(None, settings, command="ppo").parallel
+    assert [getattr(parallel, role).vpp for role in ("policy", "critic", "reference", "reward")] == [2, 1, 2, 2]
+
+
+def test_vpp_without_pipeline_stages_is_refused_with_the_fix():
+    settings = [*COMPLETE, "parallel.pp=2", "parallel.vpp=2", "parallel.critic.pp=1"]
+    with pytest.raises(ConfigError, match=r"parallel.critic: vpp 2 with pp 1, .*; set parallel.critic.pp to 2 or more"):
+        load_config(None, settings, command="ppo")
+
+
 def test_sources_keep_their_weights_in_order(toml):
     path = toml('[data]\ntrain = ["a.jsonl", {path = "b.jsonl", weight = 3.0, format = "hh"}]\n')
     train = load_config(path, COMPLETE[1:], command="sft").data.train

@@ -28,7 +28,7 @@ from ppomax.engine.models.hf_names import (
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader
 from ppomax.engine.models.hf_writer import plan_files
 from ppomax.engine.models.shape import ModelShape
-from ppomax.engine.models.transformer import PackedModel, build_model
+from ppomax.engine.models.transformer import PackedModel, build_chunks
 from ppomax.engine.parallel.device import start
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
@@ -110,7 +110,8 @@ def llama(hf_folders: Path, tmp_path: Path) -> Path:
 
 
 def build(shape: ModelShape, groups: RoleGroups, **kwargs: Any) -> PackedModel:
-    return build_model(ModelConfig(), shape, groups, sequence_parallel=False, **kwargs)
+    (model,) = build_chunks(ModelConfig(), shape, groups, sequence_parallel=False, **kwargs)
+    return model
 
 
 def load(folder: Path, groups: RoleGroups) -> PackedModel:
@@ -168,7 +169,7 @@ def test_values_of_a_sequence_classifier_equal_transformers(scalar_folder: Path,
 @pytest.mark.parametrize("case", CASES)
 def test_an_export_is_bitwise_what_was_loaded(case: str, hf_folders: Path, groups: RoleGroups, tmp_path: Path) -> None:
     model = load(hf_folders / case, groups)
-    save_hf(model, model.shape, groups, str(tmp_path / "out"), dtype=torch.float32, max_file_bytes=100_000)
+    save_hf([model], model.shape, groups, str(tmp_path / "out"), dtype=torch.float32, max_file_bytes=100_000)
     assert_same_weights(contents(tmp_path / "out"), contents(hf_folders / case))
     assert read_shape(str(tmp_path / "out")) == model.shape
 
@@ -178,7 +179,7 @@ def test_transformers_computes_the_same_from_an_export(
     case: str, hf_folders: Path, groups: RoleGroups, tmp_path: Path
 ) -> None:
     model = load(hf_folders / case, groups)
-    save_hf(model, model.shape, groups, str(tmp_path / "out"), dtype=torch.float32, max_file_bytes=100_000)
+    save_hf([model], model.shape, groups, str(tmp_path / "out"), dtype=torch.float32, max_file_bytes=100_000)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     tokens = ragged_sequences()[2][None]
     before = transformers.AutoModelForCausalLM.from_pretrained(hf_folders / case)(tokens).logits
@@ -190,7 +191,7 @@ def test_a_scalar_export_loads_as_a_sequence_classifier(
     scalar_folder: Path, groups: RoleGroups, tmp_path: Path
 ) -> None:
     model = load(scalar_folder, groups)
-    save_hf(model, model.shape, groups, str(tmp_path / "out"), dtype=torch.float32)
+    save_hf([model], model.shape, groups, str(tmp_path / "out"), dtype=torch.float32)
     assert_same_weights(contents(tmp_path / "out"), contents(scalar_folder))
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert loaded.config.num_labels == 1
@@ -198,7 +199,7 @@ def test_a_scalar_export_loads_as_a_sequence_classifier(
 
 def test_an_export_in_bf16_rounds_once(hf_folders: Path, groups: RoleGroups, tmp_path: Path) -> None:
     model = load(hf_folders / "llama", groups)
-    save_hf(model, model.shape, groups, str(tmp_path / "out"), dtype=torch.bfloat16)
+    save_hf([model], model.shape, groups, str(tmp_path / "out"), dtype=torch.bfloat16)
     wanted = {name: weight.bfloat16() for name, weight in contents(hf_folders / "llama").items()}
     assert_same_weights(contents(tmp_path / "out"), wanted)
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -211,8 +212,8 @@ def test_both_heads_load_from_a_language_model_and_export_apart(
     shape = read_shape(folder)
     model = build(shape, groups, extra_scalar_head=True)
     load_weights(model, SafetensorsReader(folder), folder, head="fresh", seed=3)
-    save_hf(model, shape, groups, str(tmp_path / "lm"), dtype=torch.float32)
-    save_hf(model, replace(shape, scalar=True), groups, str(tmp_path / "rm"), dtype=torch.float32)
+    save_hf([model], shape, groups, str(tmp_path / "lm"), dtype=torch.float32)
+    save_hf([model], replace(shape, scalar=True), groups, str(tmp_path / "rm"), dtype=torch.float32)
     trunk = contents(hf_folders / "qwen2-tied")
     assert_same_weights(contents(tmp_path / "lm"), trunk)
     assert_same_weights(contents(tmp_path / "rm"), {**trunk, "score.weight": model.scalar_head.weight.detach()})
@@ -478,10 +479,10 @@ def test_an_export_replaces_an_earlier_one_only(llama: Path, groups: RoleGroups,
     model = load(llama, groups)
     target = tmp_path / "out"
     for dtype in (torch.float32, torch.bfloat16):
-        save_hf(model, model.shape, groups, str(target), dtype=dtype)
+        save_hf([model], model.shape, groups, str(target), dtype=dtype)
     assert contents(target)["model.norm.weight"].dtype == torch.bfloat16
     with pytest.raises(CheckpointError, match="is not the work of an earlier export"):
-        save_hf(model, model.shape, groups, str(llama), dtype=torch.float32)
+        save_hf([model], model.shape, groups, str(llama), dtype=torch.float32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
 
 
@@ -489,7 +490,7 @@ def test_exported_weights_are_readable_by_whom_the_umask_allows(
     llama: Path, groups: RoleGroups, tmp_path: Path
 ) -> None:
     model = load(llama, groups)
-    save_hf(model, model.shape, groups, str(tmp_path / "out"), dtype=torch.float32)
+    save_hf([model], model.shape, groups, str(tmp_path / "out"), dtype=torch.float32)
     modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     assert len(modes) == 1
 
@@ -499,13 +500,13 @@ def test_a_failed_export_leaves_the_earlier_one(
 ) -> None:
     model = load(llama, groups)
     target = tmp_path / "out"
-    save_hf(model, model.shape, groups, str(target), dtype=torch.float32)
+    save_hf([model], model.shape, groups, str(target), dtype=torch.float32)
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ppomax.engine.models.hf_writer.save_file", full_disk)
     with pytest.raises(CheckpointError, match=rf"could not write {target}.*No space left on device"):
-        save_hf(model, model.shape, groups, str(target), dtype=torch.bfloat16)
+        save_hf([model], model.shape, groups, str(target), dtype=torch.bfloat16)
     assert_same_weights(contents(target), contents(llama))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]

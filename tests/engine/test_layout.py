@@ -4,13 +4,18 @@ import itertools
 
 import pytest
 
-from ppomax.engine.config import ParallelConfig, RoleLayout, RunConfig
+from ppomax.engine.config import ArchitectureConfig, ParallelConfig, RoleLayout, RunConfig
 from ppomax.engine.errors import ConfigError
+from ppomax.engine.models.shape import check_split, shape_from_init
 from ppomax.engine.parallel.layout import ParallelLayout, check_layout, make_layout
 
 
 def test_replicas_are_what_tp_and_pp_leave():
     assert make_layout("policy", RoleLayout(tp=4, pp=2), 32) == ParallelLayout(tp=4, pp=2, dp=4)
+
+
+def test_model_chunks_take_no_ranks():
+    assert make_layout("policy", RoleLayout(pp=2, vpp=3), 4) == ParallelLayout(tp=1, pp=2, dp=2, vpp=3)
 
 
 def test_coordinates_run_through_tp_then_pp_then_dp():
@@ -43,3 +48,17 @@ def test_check_layout_lists_every_role_that_does_not_fit():
 
 def test_check_layout_accepts_roles_with_different_replica_counts():
     check_layout(RunConfig(parallel=ParallelConfig(policy=RoleLayout(tp=2, pp=2), critic=RoleLayout(tp=2))), 4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tp": 1, "pp": 5, "vpp": 1}, "12 layers are not divisible by pp 5; choose a pp"),
+        ({"tp": 1, "pp": 3, "vpp": 3}, r"12 layers are not divisible by pp 3 \* vpp 3 = 9 chunks; choose a vpp that "),
+    ],
+)
+def test_layers_that_chunks_cannot_share_equally_are_refused(layout: dict[str, int], message: str):
+    shape = shape_from_init(ArchitectureConfig(num_layers=12), 300)
+    check_split(shape, tp=1, pp=3, vpp=2)
+    with pytest.raises(ConfigError, match=message):
+        check_split(shape, **layout)

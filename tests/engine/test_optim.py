@@ -85,7 +85,7 @@ def trained_roles(*names: str, weight_decay: float = 0.0, dtype: str = "fp32") -
     for role in roles:
         assert role.optimizer is not None
         set_learning_rate(role.optimizer, LR)
-        role.module.zero_grad_buffer()
+        role.modules[0].zero_grad_buffer()
     return roles
 
 

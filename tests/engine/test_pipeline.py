@@ -3,16 +3,20 @@
 import datetime
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import ParallelConfig, RunConfig
+from ppomax.engine.config import ArchitectureConfig, ModelConfig, ParallelConfig, RunConfig
 from ppomax.engine.data.batches import Pack, last_token_rows
 from ppomax.engine.models.roles import load_role, role_groups, role_packs
+from ppomax.engine.models.shape import shape_from_init
+from ppomax.engine.models.transformer import transformer_config
 from ppomax.engine.parallel.device import start, stop
+from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.parallel.pipeline import run_forward
 
 
@@ -44,6 +48,18 @@ def test_a_forward_pass_frees_the_hidden_states_of_earlier_microbatches(world: N
         alive.append(sum(ref() is not None for ref in seen))
         return hidden.sum(1)
 
-    run_forward(role.module, role.groups, packs, compute, 6)
+    run_forward(role.modules, role.groups, packs, compute, 6)
     assert len(seen) == 6
     assert max(alive) <= 2  # this one, and the one that the schedule is about to replace
+
+
+@pytest.mark.parametrize(("vpp", "is_batched"), [(1, True), (2, False)])
+def test_interleaved_stages_never_batch_their_exchanges(
+    monkeypatch: pytest.MonkeyPatch, vpp: int, is_batched: bool
+) -> None:
+    """Where they do, two stages compute wrong losses, and Megatron says nothing; on a CPU nobody batches."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    groups: Any = SimpleNamespace(layout=ParallelLayout(tp=1, pp=2, dp=1, vpp=vpp))
+    shape = shape_from_init(ArchitectureConfig(), 300)
+    config = transformer_config(ModelConfig(), shape, groups, sequence_parallel=False, on_cpu=True)
+    assert (config.batch_p2p_comm, config.overlap_p2p_comm) == (is_batched, not is_batched)

@@ -95,7 +95,7 @@ def whole_logprobs(role, rollout):
     rows = Rows(every, [torch.full_like(r, -1) for r in every], [b * num_columns + r for b, r in enumerate(every)])
     weight = role.stage.vocabulary_weight()[:67]
     out = run_forward(
-        role.module,
+        role.modules,
         role.groups,
         role_packs(role, sequences, rows, LIMIT),
         lambda hidden, pack: hidden @ weight.T,

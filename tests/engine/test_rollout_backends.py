@@ -142,7 +142,7 @@ def load(role):
 
     def load(backend, seed):
         load_weights(role.stage, random_reader(SHAPE, weights(seed)), "random")
-        backend.load(export_weights(role.stage, SHAPE, role.groups, torch.float32, everywhere=True), version=seed)
+        backend.load(export_weights(role.chunks, SHAPE, role.groups, torch.float32, everywhere=True), version=seed)
 
     return load
 

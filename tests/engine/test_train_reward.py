@@ -106,7 +106,7 @@ def chosen_nll(model, pairs):
         packs = role_packs(model, [tokens], Rows([every], [torch.full_like(every, -1)], [every]), 10000)
         weight = model.stage.vocabulary_weight()[:67]
         logits = run_forward(
-            model.module, model.groups, packs, lambda hidden, pack, w=weight: hidden @ w.T, len(tokens), width=67
+            model.modules, model.groups, packs, lambda hidden, pack, w=weight: hidden @ w.T, len(tokens), width=67
         )
         logprobs = logits.log_softmax(-1)
         for t in range(row.prompt_length, len(tokens)):

@@ -136,7 +136,7 @@ def test_python_runs_a_launcher_as_torchrun_does(name, clone, tmp_path):
     assert done.returncode == 0, done.stderr
     resolved = tomllib.loads(done.stdout)
     assert resolved["train"]["output"] == f"runs/{name}_llama7b"
-    assert resolved["parallel"]["policy"] == {"tp": 1, "pp": 2}
+    assert resolved["parallel"]["policy"] == {"tp": 1, "pp": 2, "vpp": 1}
 
 
 @pytest.mark.dist
@@ -156,7 +156,7 @@ def test_the_cpu_line_of_the_readme_runs_as_typed(clone, starter):
     assert done.returncode == 0, done.stderr
     run = clone / f"runs/tiny_{starter}"
     config = tomllib.loads((run / "config.toml").read_text())
-    assert [config["parallel"][role] for role in ROLES] == [{"tp": 2, "pp": 1}] * 4
+    assert [config["parallel"][role] for role in ROLES] == [{"tp": 2, "pp": 1, "vpp": 1}] * 4
     assert config["parallel"]["sequence_parallel"]
     records = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["kind"] for record in records] == ["evaluation", "ppo", "evaluation"]

@@ -266,3 +266,18 @@ def test_wrong_shapes_are_named() -> None:
         linear_policy_loss(case.hidden, case.weight, *case.vectors()[:3], torch.ones(4), clip=0.2)
     with pytest.raises(ValueError, match="main_grad"):
         loss_of(case, (case.hidden, case.weight), clip=0.2, main_grad=torch.zeros(9, 5))
+
+
+@pytest.mark.parametrize("vocab_size", [277, 280])
+def test_bf16_gradients_are_those_of_fp32_whatever_the_vocabulary(vocab_size: int) -> None:
+    """The product for them takes a matrix with gaps between its rows, of which a CPU's product may read too much."""
+    num_tokens = 100
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (num_tokens, vocab_size))
+    labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = hidden.to(dtype).requires_grad_()
+        loss = linear_cross_entropy(leaf, weight.to(dtype), labels, torch.full((num_tokens,), 1 / num_tokens))
+        gradients.append(torch.autograd.grad(loss, leaf)[0].float())
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=1e-3)

@@ -150,7 +150,7 @@ def requests_with(sampling: SamplingConfig) -> list[RolloutRequest]:
 
 
 def load(vllm: RolloutBackend, embedded: RolloutBackend, role: Role, version: int) -> None:
-    vllm.load(export_weights(role.stage, SHAPE, role.groups, torch.float32, everywhere=True), version)
+    vllm.load(export_weights(role.chunks, SHAPE, role.groups, torch.float32, everywhere=True), version)
     embedded.load(iter(()), version)
 
 
