@@ -212,6 +212,10 @@ class SamplingConfig(Section):
     """Keep the k most likely tokens; 0 keeps all."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.1
     """Penalty on tokens generated so far (not the prompt), once per distinct token. Source: 1.1, P p.18."""
+    length_penalty: NonNegative = 1.2
+    """Exponent of the length in a response's score, sum of log-probs / tokens ^ length_penalty, by which evaluations
+    choose among monitor.eval_best_of responses (with one there is no choice), and which `generate` reports; the larger
+    it is, the better long responses do. Source: 1.2, P p.18."""
     max_new_tokens: Positive = 512
     """Longest response, tokens. Source: 512 (length curves, P p.13)."""
     min_new_tokens: Count = 0
@@ -372,6 +376,9 @@ class MonitorConfig(Section):
     """Evaluate on data.eval after every this many steps; 0: only at the end, and in `ppo` before the first step too."""
     eval_size: Positive = 128
     """Held-out rows used by one evaluation (the first ones of data.eval)."""
+    eval_best_of: Positive = 1
+    """Responses sampled for each held-out prompt by `evaluate` and the evaluations of `ppo`; the one with the best
+    score (sampling.length_penalty) is evaluated. Source: 1, P p.17."""
     num_samples: Count = 8
     """Dialogues written out by an evaluation of `ppo`; `evaluate` writes all."""
 

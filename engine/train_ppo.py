@@ -10,11 +10,11 @@ from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
 from ppomax.engine.models.roles import load_critic, load_role
-from ppomax.engine.ppo.evaluation import EVALUATION_STEP, evaluate_policy
+from ppomax.engine.ppo.evaluation import evaluate_policy
 from ppomax.engine.ppo.experience import Models, make_experience, summary
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
 from ppomax.engine.ppo.update import UpdateSettings, update
-from ppomax.engine.session import Session, export, is_due, open_session, sample, save_if_due
+from ppomax.engine.session import Session, export, is_due, open_session, sample, sample_held_out, save_if_due
 from ppomax.engine.steps import StepCounter
 
 
@@ -130,7 +130,7 @@ def _prompts(session: Session, sources: Any) -> Dataset[PromptRow]:
 
 def _evaluate(session: Session, models: Models, prompts: tuple[PromptRow, ...], step: int) -> None:
     """Held-out evaluation: a line of metrics.jsonl and samples_N.jsonl."""
-    rollout = sample(session, models.policy, prompts, EVALUATION_STEP)
+    rollout = sample_held_out(session, models.policy, prompts)
     roles = (models.policy, models.reward, models.reference)
     result = evaluate_policy(*roles, prompts, rollout, session.config.train, session.template)
     session.log.evaluation(step, result.metrics)
