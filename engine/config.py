@@ -273,6 +273,14 @@ class PpoConfig(Section):
     """Fills what the file leaves unset. ppo_max: the paper's settings; moss_script_*: the released scripts'."""
     rollout_size: Positive = 128
     """Responses sampled per iteration, over all replicas. Source: 128, P p.11."""
+    over_sampling_size: Count = 0
+    """Responses under way in an iteration of `ppo`, over all replicas: the first rollout_size of them to end (by the
+    tokens drawn for them in this iteration) are taken, and the long ones do not hold it up. More than rollout_size; 0
+    turns it off. What is not taken is dropped: long responses are learned from less often than they are sampled."""
+    partial_rollout: bool = False
+    """Responses that ppo.over_sampling_size leaves unfinished are carried to the next iteration and go on under its
+    weights, instead of being dropped. Their first tokens keep the log-probs of the weights that drew them: see
+    ppo.rollout_correction. sampling.max_new_tokens counts a response over all iterations. Source: off, ours."""
     minibatch_size: Positive = 32
     """Responses per optimizer step, over all replicas. Source: 32, P p.11."""
     epochs: Positive = 1
@@ -345,6 +353,16 @@ class PpoConfig(Section):
             raise ValueError(
                 f"ppo.rollout_size {self.rollout_size} is not a multiple of ppo.minibatch_size {self.minibatch_size}; "
                 f"set ppo.minibatch_size to a divisor of {self.rollout_size}"
+            )
+        if 0 < self.over_sampling_size <= self.rollout_size:
+            raise ValueError(
+                f"ppo.over_sampling_size {self.over_sampling_size} is not larger than ppo.rollout_size "
+                f"{self.rollout_size}: no response could be left over; raise it, or set it to 0 (off)"
+            )
+        if self.partial_rollout and self.over_sampling_size == 0:
+            raise ValueError(
+                "ppo.partial_rollout is set but ppo.over_sampling_size is 0: no response is left unfinished; "
+                f"set it to more than ppo.rollout_size {self.rollout_size}"
             )
         if isinstance(self.policy_clip, tuple) and min(self.policy_clip) <= 0:
             raise ValueError(f"ppo.policy_clip {self.policy_clip}: expected two positive numbers (low, high)")

@@ -24,7 +24,8 @@ class Rollout:
     sampling_logprobs [B, T] float32: log-probabilities, nats, of the sampler's own unmodified T = 1 distribution; 0
     outside the mask.
     margins [B, T] float32: by how much the drawn token's perturbed score beats the next one; 0 outside the mask.
-    Where it is tiny, another layout may draw another token. None for responses that were not sampled here.
+    Where it is tiny, another layout may draw another token; infinite in the part of a response that was carried over
+    from an earlier rollout. None for responses that were not sampled here.
     """
 
     tokens: Tensor

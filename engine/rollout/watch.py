@@ -1,0 +1,87 @@
+"""What looks on while responses are generated, and may end some of them early.
+
+The generator lets it look after the same turns on every rank of a replica. What replicas must agree on they exchange
+there: one that has nothing left to generate stays for that. Results must be functions of the responses alone, not of
+when somebody looked.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ppomax.engine.models.roles import Role
+from ppomax.engine.parallel.stages import sum_over_replicas
+from ppomax.engine.rollout.batch import Batch
+
+
+class Running(Protocol):
+    """Requests under way on this replica: a `flight.Flight`."""
+
+    @property
+    def open_requests(self) -> list[int]:
+        """Rows of the batch that have not ended, as far as known."""
+
+    def end(self, request: int) -> None:
+        """Ends one with the tokens known so far."""
+
+
+class Watch(Protocol):
+    """every: turns between two looks. goes_on: replicas without requests must still look."""
+
+    every: int
+    goes_on: bool
+
+    def look(self, flights: Sequence[Running]) -> None:
+        """flights: those of this replica that are not done."""
+
+
+class Quota:
+    """Ends generation when num_wanted responses of the global batch have ended: the first in the order of (tokens
+    drawn in this call, row).
+
+    Of the others no more is kept than as many tokens as the last of these has drawn: `num_tokens` of the result. That
+    depends on no layout, limit or interval. All replicas must look together.
+    """
+
+    every = 8
+
+    def __init__(self, num_wanted: int, batch: Batch, share: Sequence[int], role: Role) -> None:
+        assert num_wanted <= len(batch.prompts), f"{num_wanted} of {len(batch.prompts)} responses wanted"
+        self.goes_on = True
+        self._num_wanted, self._batch, self._share, self._role = num_wanted, batch, share, role
+        self._most = max(most - len(known) for most, known in zip(batch.max_lengths, batch.known, strict=True))
+        self._stopped: set[int] = set()
+
+    def look(self, flights: Sequence[Running]) -> None:
+        if not self.goes_on:
+            return
+        running = [(flight, request) for flight in flights for request in flight.open_requests]
+        has_ended = set(self._share) - {request for _, request in running} - self._stopped
+        # Responses that have ended, by the tokens drawn for them; then those that have not.
+        counts = torch.zeros(self._most + 2, dtype=torch.int64)
+        for request in has_ended:
+            counts[self._num_drawn(request)] += 1
+        counts[-1] = len(running)
+        counts = counts.to(self._role.device)
+        sum_over_replicas(counts, self._role.groups)
+        counts = counts.cpu()
+        # No response that is longer than this can be among the first; it only falls as more of them end.
+        longest = int((counts[:-1].cumsum(0) < self._num_wanted).sum())
+        for flight, request in running:
+            if self._num_drawn(request) >= longest:
+                flight.end(request)
+                self._stopped.add(request)
+        if counts[-1] == 0:
+            self._cut(longest)
+            self.goes_on = False
+
+    def _num_drawn(self, request: int) -> int:
+        return self._batch.lengths[request] - len(self._batch.known[request])
+
+    def _cut(self, longest: int) -> None:
+        """Takes back what was drawn beyond the last response that is wanted."""
+        for request in self._share:
+            if self._num_drawn(request) > longest:
+                self._batch.lengths[request] = len(self._batch.known[request]) + longest
+                self._batch.finished[request] = 0
