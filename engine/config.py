@@ -281,6 +281,9 @@ class PpoConfig(Section):
     """Responses that ppo.over_sampling_size leaves unfinished are carried to the next iteration and go on under its
     weights, instead of being dropped. Their first tokens keep the log-probs of the weights that drew them: see
     ppo.rollout_correction. sampling.max_new_tokens counts a response over all iterations. Source: off, ours."""
+    overlap_scoring: Count = 0
+    """Reward model, reference and critic of `ppo` score responses that have ended, at least this many at a time, while
+    others are still being sampled. 0: all of them afterwards. It changes nothing but the time."""
     minibatch_size: Positive = 32
     """Responses per optimizer step, over all replicas. Source: 32, P p.11."""
     epochs: Positive = 1
@@ -363,6 +366,16 @@ class PpoConfig(Section):
             raise ValueError(
                 "ppo.partial_rollout is set but ppo.over_sampling_size is 0: no response is left unfinished; "
                 f"set it to more than ppo.rollout_size {self.rollout_size}"
+            )
+        if self.overlap_scoring >= self.rollout_size:
+            raise ValueError(
+                f"ppo.overlap_scoring {self.overlap_scoring} is not smaller than ppo.rollout_size {self.rollout_size}: "
+                "nothing would be scored early; lower it, or set it to 0 (off)"
+            )
+        if self.overlap_scoring and self.over_sampling_size:
+            raise ValueError(
+                "ppo.overlap_scoring and ppo.over_sampling_size are both set: which responses are taken is known only "
+                "when the last of them has ended; set one of them to 0"
             )
         if isinstance(self.policy_clip, tuple) and min(self.policy_clip) <= 0:
             raise ValueError(f"ppo.policy_clip {self.policy_clip}: expected two positive numbers (low, high)")

@@ -31,6 +31,7 @@ from ppomax.engine.rollout.backend import RolloutRequest, as_rollout
 from ppomax.engine.rollout.candidates import best_of
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.vllm_backend import VllmBackend
+from ppomax.engine.rollout.watch import MakeWatch
 from ppomax.engine.steps import StepCounter
 
 SAMPLING_STAGES = ("critic", "ppo", "evaluate")
@@ -112,8 +113,19 @@ def save_if_due(
         counter.last_good = str(path)
 
 
-def sample(session: Session, policy: Role, rows: Sequence[PromptRow], step: int, *, samples: int = 1) -> Rollout:
-    """Responses to each prompt, with the run's sampling settings; their noise is fixed by train.seed and the step."""
+def sample(
+    session: Session,
+    policy: Role,
+    rows: Sequence[PromptRow],
+    step: int,
+    *,
+    samples: int = 1,
+    watch: MakeWatch | None = None,
+) -> Rollout:
+    """Responses to each prompt, with the run's sampling settings; their noise is fixed by train.seed and the step.
+
+    watch: looks on while the embedded generator samples.
+    """
     config, tokenizer = session.config, session.tokenizer
     prompts = [row.tokens for row in rows]
     seeds = torch.stack([request_seeds(config.train.seed, step, len(rows), sample=s) for s in range(samples)], dim=1)
@@ -130,6 +142,7 @@ def sample(session: Session, policy: Role, rows: Sequence[PromptRow], step: int,
         pad_id=tokenizer.pad_id,
         max_length=config.data.max_length,
         samples=samples,
+        watch=watch,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from ppomax.engine.data.order import Order
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.roles import Role, load_critic, load_role
 from ppomax.engine.ppo.evaluation import evaluate_policy
-from ppomax.engine.ppo.experience import Models, make_experience, summary
+from ppomax.engine.ppo.experience import Models, make_experience, make_scorer, summary
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
+from ppomax.engine.ppo.scoring import RolloutScorer
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.ppo.update import UpdateSettings, update
 from ppomax.engine.rollout.generate import request_seeds
 from ppomax.engine.rollout.long_tail import Started, first_to_end
+from ppomax.engine.rollout.watch import Ended
 from ppomax.engine.session import Session, export, is_due, open_session, sample, sample_held_out, save_if_due
 from ppomax.engine.steps import StepCounter
 
@@ -74,7 +77,8 @@ def run(config: RunConfig) -> None:
         if held_out and state.step == 0:
             _evaluate(session, models, held_out, 0)
         while state.step < train.steps:
-            rollout, sampled, state = _sample(session, models.policy, prompts, order, state)
+            scorer = make_scorer(models, train.tokens_per_microbatch, is_early=ppo.overlap_scoring > 0)
+            rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
             experience, scaler = make_experience(
                 rollout,
                 models,
@@ -82,6 +86,7 @@ def run(config: RunConfig) -> None:
                 kl_coef=state.kl.coef,
                 config=ppo,
                 tokens_per_microbatch=train.tokens_per_microbatch,
+                scorer=scorer,
             )
             generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.step)
             stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
@@ -105,13 +110,24 @@ def run(config: RunConfig) -> None:
 
 
 def _sample(
-    session: Session, policy: Role, prompts: Dataset[PromptRow], order: Order, state: TrainState
+    session: Session,
+    policy: Role,
+    prompts: Dataset[PromptRow],
+    order: Order,
+    state: TrainState,
+    scorer: RolloutScorer,
 ) -> tuple[Rollout, dict[str, float], TrainState]:
-    """A rollout, metrics of how it came about, and the state with what it took and left."""
+    """A rollout, metrics of how it came about, and the state with what it took and left. scorer: gets what ends early,
+    with ppo.overlap_scoring.
+    """
     config, ppo, tokenizer = session.config, session.config.ppo, session.tokenizer
     wanted = ppo.over_sampling_size or ppo.rollout_size
     rows = prompts.take(order, state.prompt_position, max(0, wanted - len(state.carried)))
     state = replace(state, prompt_position=state.prompt_position + len(rows))
+    if ppo.overlap_scoring > 0:
+        watch = partial(Ended, ppo.overlap_scoring, scorer.add, tokenizer.pad_id)
+        rollout = sample(session, policy, rows, state.step, watch=watch)
+        return rollout, {"scored_early": scorer.num_scored / len(rows)}, state
     if ppo.over_sampling_size == 0:
         return sample(session, policy, rows, state.step), {}, state
     seeds = request_seeds(config.train.seed, state.step, len(rows)).tolist()

@@ -76,20 +76,37 @@ class Batch:
     def rollout(self, pad_id: int) -> Rollout:
         """Prompts and responses, right padded to the longest; every request must have ended."""
         device = self.tokens.device
-        lengths = torch.tensor(self.lengths, device=device)
-        width = max(self.lengths)
-        column = torch.arange(width, device=device)
-        mask = response_mask(self.prompt_lengths, lengths, width - 1)
-
-        def of_responses(x: Tensor) -> Tensor:
-            return torch.where(mask, x[:, 1:width], 0.0)
-
-        return Rollout(
-            tokens=torch.where(column < lengths[:, None], self.tokens[:, :width], pad_id),
-            prompt_lengths=self.prompt_lengths,
-            lengths=lengths,
-            response_mask=mask,
-            finished=torch.tensor(self.finished, device=device).bool(),
-            sampling_logprobs=of_responses(self.logprobs),
-            margins=of_responses(self.margins),
+        return make_rollout(
+            self.tokens,
+            self.prompt_lengths,
+            torch.tensor(self.lengths, device=device),
+            torch.tensor(self.finished, device=device),
+            self.logprobs,
+            self.margins,
+            pad_id=pad_id,
         )
+
+
+def make_rollout(
+    tokens: Tensor,
+    prompt_lengths: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    logprobs: Tensor,
+    margins: Tensor,
+    *,
+    pad_id: int,
+) -> Rollout:
+    """Rows of a batch [n, S] with their lengths [n] as a rollout, as wide as the longest of them."""
+    width = int(lengths.max())
+    column = torch.arange(width, device=tokens.device)
+    mask = response_mask(prompt_lengths, lengths, width - 1)
+    return Rollout(
+        tokens=torch.where(column < lengths[:, None], tokens[:, :width], pad_id),
+        prompt_lengths=prompt_lengths,
+        lengths=lengths,
+        response_mask=mask,
+        finished=finished.bool(),
+        sampling_logprobs=torch.where(mask, logprobs[:, 1:width], 0.0),
+        margins=torch.where(mask, margins[:, 1:width], 0.0),
+    )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.ppo.types import Rollout, take_rows
 
 
 def response_scores(rollout: Rollout, *, length_penalty: float) -> Tensor:
@@ -27,12 +27,3 @@ def best_of(rollout: Rollout, samples: int, *, length_penalty: float) -> Rollout
     scores = response_scores(rollout, length_penalty=length_penalty)
     best = scores.nan_to_num(nan=-torch.inf).view(-1, samples).argmax(1)
     return take_rows(rollout, torch.arange(len(best), device=best.device) * samples + best)
-
-
-def take_rows(rollout: Rollout, rows: Tensor) -> Rollout:
-    """Some rows [n] int64 of a rollout, in this order, without columns that only others fill."""
-    lengths = rollout.lengths[rows]
-    width = int(lengths.max())
-    columns = {name: x[rows] for name, x in vars(rollout).items() if x is not None}
-    tokens = columns.pop("tokens")[:, :width]
-    return Rollout(tokens=tokens, **{n: x if x.dim() == 1 else x[:, : width - 1] for n, x in columns.items()})

@@ -27,7 +27,7 @@ from ppomax.engine.rollout.inference import InferenceStage
 from ppomax.engine.rollout.paged_cache import local_groups
 from ppomax.engine.rollout.pages import num_pages_for_budget, pages_for
 from ppomax.engine.rollout.scheduler import Limits, Request
-from ppomax.engine.rollout.watch import Watch
+from ppomax.engine.rollout.watch import MakeWatch, Watch
 
 CACHE_SHARE = 0.5
 """Of the GPU memory that is free when generation starts, what the cache may take where sampling.cache_gib is 0."""
@@ -53,7 +53,7 @@ def generate(
     stop_sequences: Sequence[Sequence[int]] = (),
     on_token: Callable[[int, int], None] | None = None,
     begun: Sequence[Begun] | None = None,
-    watch: Callable[[Batch, Sequence[int], Role], Watch] | None = None,
+    watch: MakeWatch | None = None,
 ) -> Rollout:
     """`samples` responses to each prompt of the global batch; every rank of the role must call it and gets all of them.
 

@@ -12,9 +12,8 @@ import torch
 
 from ppomax.engine.config import SamplingConfig
 from ppomax.engine.models.roles import Role
-from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.ppo.types import Rollout, take_rows
 from ppomax.engine.rollout.batch import Begun
-from ppomax.engine.rollout.candidates import take_rows
 from ppomax.engine.rollout.generate import generate
 from ppomax.engine.rollout.watch import Quota
 

@@ -5,14 +5,16 @@ there: one that has nothing left to generate stays for that. Results must be fun
 when somebody looked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ppomax.engine.models.roles import Role
 from ppomax.engine.parallel.stages import sum_over_replicas
-from ppomax.engine.rollout.batch import Batch
+from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout.batch import Batch, make_rollout
 
 
 class Running(Protocol):
@@ -34,6 +36,10 @@ class Watch(Protocol):
 
     def look(self, flights: Sequence[Running]) -> None:
         """flights: those of this replica that are not done."""
+
+
+MakeWatch = Callable[[Batch, Sequence[int], Role], Watch]
+"""From the batch, the rows of this replica and the role that samples."""
 
 
 class Quota:
@@ -85,3 +91,65 @@ class Quota:
             if self._num_drawn(request) > longest:
                 self._batch.lengths[request] = len(self._batch.known[request]) + longest
                 self._batch.finished[request] = 0
+
+
+class Ended:
+    """Tells, while others are still being sampled, which responses have ended: at least chunk_size at a time.
+
+    on_ended: called with their rows of the batch and the rollout of these rows alone, on every rank of the role with
+    the same ones. Those that end last are not told. All replicas must look together.
+    """
+
+    every = 8
+
+    def __init__(
+        self,
+        chunk_size: int,
+        on_ended: Callable[[Sequence[int], Rollout], None],
+        pad_id: int,
+        batch: Batch,
+        share: Sequence[int],
+        role: Role,
+    ) -> None:
+        self.goes_on = True
+        self._chunk_size, self._on_ended, self._pad_id = chunk_size, on_ended, pad_id
+        self._batch, self._share, self._role = batch, share, role
+        self._told: set[int] = set()
+
+    def look(self, flights: Sequence[Running]) -> None:
+        if not self.goes_on:
+            return
+        running = {request for flight in flights for request in flight.open_requests}
+        has_ended = torch.zeros(len(self._batch.prompts), dtype=torch.int64)
+        has_ended[[request for request in self._share if request not in running]] = 1
+        has_ended = has_ended.to(self._role.device)
+        sum_over_replicas(has_ended, self._role.groups)
+        ended = has_ended.nonzero().flatten().tolist()
+        new = [request for request in ended if request not in self._told]
+        if len(ended) == len(self._batch.prompts):
+            self.goes_on = False
+        elif len(new) >= self._chunk_size:
+            self._told |= set(new)
+            self._on_ended(new, self._rollout(new))
+
+    def _rollout(self, rows: Sequence[int]) -> Rollout:
+        """Some responses that have ended, from the replicas that have them."""
+        batch, device, own = self._batch, self._role.device, set(self._share)
+        index = torch.tensor(rows, device=device)
+        is_own = torch.tensor([row in own for row in rows], device=device)
+
+        def shared(x: Tensor) -> Tensor:
+            part = x.to(device)[index]
+            part[~is_own] = 0
+            sum_over_replicas(part, self._role.groups)
+            return part
+
+        return make_rollout(
+            shared(batch.tokens),
+            batch.prompt_lengths[index],
+            shared(torch.tensor(batch.lengths)),
+            shared(torch.tensor(batch.finished)),
+            shared(batch.logprobs),
+            shared(batch.margins),
+            pad_id=self._pad_id,
+        )

@@ -259,6 +259,6 @@ def test_only_ppo_with_the_embedded_generator_samples_more_than_it_takes():
         config = RunConfig(ppo=PpoConfig(over_sampling_size=200), sampling=SamplingConfig(**sampling))
         return [fault for fault in impossible_combinations(config, command) if "over_sampling_size" in fault]
 
-    assert "serves ppo alone" in faults("critic")[0]
+    assert "serve ppo alone" in faults("critic")[0]
     assert "embedded generator" in faults("ppo", backend="vllm")[0]
     assert faults("ppo") == faults("sft") == []
