@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppomax.engine.models.roles import Role
-from ppomax.engine.parallel.stages import sum_over_replicas
+from ppomax.engine.parallel.stages import max_over_replica, sum_over_replicas
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.batch import Batch, make_rollout
 
@@ -153,3 +153,33 @@ class Ended:
             shared(batch.margins),
             pad_id=self._pad_id,
         )
+
+
+class Aborts:
+    """Ends requests that somebody gives up while they run: from another thread, or a signal handler.
+
+    is_aborted: of a row of the batch. Ranks of a replica may learn of it at different steps: they agree, so one that
+    knows is enough, and look less often for it. Replicas need not look together.
+    """
+
+    goes_on = False
+
+    def __init__(self, is_aborted: Callable[[int], bool], batch: Batch, share: Sequence[int], role: Role) -> None:
+        self._is_aborted, self._role = is_aborted, role
+        self.every = 1 if role.groups.megatron.mp.size() == 1 else 4
+
+    def look(self, flights: Sequence[Running]) -> None:
+        running = [(flight, request) for flight in flights for request in flight.open_requests]
+        aborted = torch.tensor([int(self._is_aborted(request)) for _, request in running], dtype=torch.int64)
+        for (flight, request), is_over in zip(running, any_in_replica(aborted, self._role), strict=True):
+            if is_over:
+                flight.end(request)
+
+
+def any_in_replica(flags: Tensor, role: Role) -> list[int]:
+    """Flags [n] int64 of the host, each the largest over the ranks of this replica, all of which must call it."""
+    if role.groups.megatron.mp.size() == 1 or not len(flags):
+        return flags.tolist()
+    flags = flags.to(role.device)
+    max_over_replica(flags, role.groups)
+    return flags.tolist()
