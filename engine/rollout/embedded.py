@@ -1,6 +1,6 @@
 """The embedded generator (generate.py) behind the protocol: it samples from the role's own weights, without a copy."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -63,7 +63,9 @@ class EmbeddedBackend:
                 max_length=self._context,
                 limits=[requests[b].max_new_tokens for b in members],
                 stop_sequences=stop_sequences,
-                watch=partial(Aborts, partial(self._is_aborted, [requests[b].id for b in members])),
+                watch=partial(
+                    Aborts, partial(self._aborted_rows, {requests[b].id: row for row, b in enumerate(members)})
+                ),
             )
             results |= zip(members, self._completions([requests[b] for b in members], rollout), strict=True)
         self._aborted.clear()
@@ -82,8 +84,10 @@ class EmbeddedBackend:
 
     def close(self) -> None: ...
 
-    def _is_aborted(self, ids: Sequence[int], row: int) -> bool:
-        return ids[row] in self._aborted
+    def _aborted_rows(self, rows: Mapping[int, int]) -> list[int]:
+        """rows: id -> row."""
+        # A copy: another thread may add to the set while it is read.
+        return [rows[request] for request in tuple(self._aborted) if request in rows]
 
     def _known_aborts(self, requests: Sequence[RolloutRequest]) -> set[int]:
         """Ids aborted before this generate on any rank: all must leave out the same requests."""

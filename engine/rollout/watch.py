@@ -158,28 +158,33 @@ class Ended:
 class Aborts:
     """Ends requests that somebody gives up while they run: from another thread, or a signal handler.
 
-    is_aborted: of a row of the batch. Ranks of a replica may learn of it at different steps: they agree, so one that
-    knows is enough, and look less often for it. Replicas need not look together.
+    aborted: rows of the batch given up so far. Ranks of a replica may learn of one at different steps: they agree, so
+    one that knows is enough, and look less often for it. Replicas need not look together.
     """
 
     goes_on = False
 
-    def __init__(self, is_aborted: Callable[[int], bool], batch: Batch, share: Sequence[int], role: Role) -> None:
-        self._is_aborted, self._role = is_aborted, role
+    def __init__(self, aborted: Callable[[], Sequence[int]], batch: Batch, share: Sequence[int], role: Role) -> None:
+        self._aborted, self._num_rows, self._role = aborted, len(batch.prompts), role
         self.every = 1 if role.groups.megatron.mp.size() == 1 else 4
 
     def look(self, flights: Sequence[Running]) -> None:
-        running = [(flight, request) for flight in flights for request in flight.open_requests]
-        aborted = torch.tensor([int(self._is_aborted(request)) for _, request in running], dtype=torch.int64)
-        for (flight, request), is_over in zip(running, any_in_replica(aborted, self._role), strict=True):
-            if is_over:
-                flight.end(request)
+        aborted = set(self._agreed(self._aborted()))
+        for flight in flights if aborted else ():
+            for request in flight.open_requests:
+                if request in aborted:
+                    flight.end(request)
 
-
-def any_in_replica(flags: Tensor, role: Role) -> list[int]:
-    """Flags [n] int64 of the host, each the largest over the ranks of this replica, all of which must call it."""
-    if role.groups.megatron.mp.size() == 1 or not len(flags):
-        return flags.tolist()
-    flags = flags.to(role.device)
-    max_over_replica(flags, role.groups)
-    return flags.tolist()
+    def _agreed(self, rows: Sequence[int]) -> Sequence[int]:
+        """What any rank of the replica knows."""
+        if self._role.groups.megatron.mp.size() == 1:
+            return rows
+        most = torch.tensor(len(rows), device=self._role.device)
+        max_over_replica(most, self._role.groups)
+        if int(most) == 0:
+            return ()
+        flags = torch.zeros(self._num_rows, dtype=torch.int64)
+        flags[list(rows)] = 1
+        flags = flags.to(self._role.device)
+        max_over_replica(flags, self._role.groups)
+        return flags.nonzero().flatten().tolist()
