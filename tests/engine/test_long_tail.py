@@ -41,8 +41,8 @@ NUM = 24
 LAYOUTS = (
     {},
     {"page_size": 1, "batch_size": 5},
-    {"page_size": 4, "tokens_per_step": 7, "batch_size": 6, "stop_check_every": 5},
-    {"stop_check_every": 20},
+    {"page_size": 4, "tokens_per_step": 7, "batch_size": 6, "steps_ahead": 4},
+    {"steps_ahead": 9},
 )
 
 

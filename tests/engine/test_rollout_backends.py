@@ -249,10 +249,10 @@ def test_aborted_requests_do_not_run_and_abort_holds_for_one_call(backend):
     assert_equal(backend.generate(requests), whole)
 
 
-@pytest.mark.parametrize("stop_check_every", [1, 4])
-def test_running_requests_can_be_aborted_from_another_thread(embedded, stop_check_every, monkeypatch):
+@pytest.mark.parametrize("steps_ahead", [0, 3])
+def test_running_requests_can_be_aborted_from_another_thread(embedded, steps_ahead, monkeypatch):
     """They end with what they have; those of the same call that have not started end without tokens."""
-    paper = PAPER.model_copy(update={"stop_check_every": stop_check_every, "batch_size": 3})
+    paper = PAPER.model_copy(update={"steps_ahead": steps_ahead, "batch_size": 3})
     requests = [replace(request, max_new_tokens=30) for request in requests_with(paper)]
     requests[6] = replace(requests[6], sampling=TOP_K)  # runs after the others
     whole = embedded.generate(requests)
@@ -265,7 +265,7 @@ def test_running_requests_can_be_aborted_from_another_thread(embedded, stop_chec
             thread = threading.Thread(target=embedded.abort, args=([10, 12, 15, 16],))
             thread.start()
             thread.join()
-        launch(self)
+        return launch(self)
 
     monkeypatch.setattr(Flight, "launch", aborting)
     completions = embedded.generate(requests)
@@ -279,7 +279,7 @@ def test_running_requests_can_be_aborted_from_another_thread(embedded, stop_chec
             assert len(completion.logprobs) == len(completion.tokens) < min(7, len(other.tokens))
         else:
             assert_equal([completion], [other])
-    assert len(completions[2].tokens) >= 7 - stop_check_every
+    assert len(completions[2].tokens) >= 6 - steps_ahead
     monkeypatch.undo()
     assert_equal(embedded.generate(requests), whole)
 
