@@ -1,7 +1,7 @@
 """PPO-max: sample, score, update, and now and then evaluate on held-out prompts."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
 from ppomax.engine.data.order import Order
-from ppomax.engine.errors import ConfigError
+from ppomax.engine.errors import CheckpointError, ConfigError
 from ppomax.engine.models.roles import Role, load_critic, load_role
 from ppomax.engine.ppo.evaluation import evaluate_policy
 from ppomax.engine.ppo.experience import Models, make_experience, make_scorer, summary
@@ -48,6 +48,12 @@ class TrainState:
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "TrainState":
+        missing = sorted({field.name for field in fields(TrainState)} - content.keys())
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint's state lacks {', '.join(missing)}: it was written by an earlier version of ppomax; "
+                "resume it with that version"
+            )
         scaler, kl = RewardScaler(**content["scaler"]), KlController(**content["kl"])
         carried = tuple(Started.from_json(one) for one in content["carried"])
         return TrainState(**{**content, "scaler": scaler, "kl": kl, "carried": carried})

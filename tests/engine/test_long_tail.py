@@ -9,16 +9,19 @@ import torch
 
 from ppomax.engine.config import ArchitectureConfig, ModelConfig, PpoConfig, RunConfig, SamplingConfig
 from ppomax.engine.config_checks import impossible_combinations
+from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.roles import make_role, random_reader
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.parallel.device import start
 from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
+from ppomax.engine.ppo.rewards import KlController, RewardScaler
 from ppomax.engine.rollout.batch import Begun
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.scheduler import Scheduler
 from ppomax.engine.rollout.watch import Quota
+from ppomax.engine.train_ppo import TrainState
 
 SHAPE = ModelShape(
     vocab_size=24,
@@ -259,3 +262,12 @@ def test_only_ppo_with_the_embedded_generator_samples_more_than_it_takes():
     assert "serve ppo alone" in faults("critic")[0]
     assert "embedded generator" in faults("ppo", backend="vllm")[0]
     assert faults("ppo") == faults("sft") == []
+
+
+def test_the_state_of_an_earlier_version_is_refused():
+    state = TrainState(2, 8, 24, 0, RewardScaler(2, 0.1, 0.3), KlController(0.1), (Started((1, 2), 7, 1),))
+    content = json.loads(json.dumps(state.to_json()))
+    assert TrainState.from_json(content) == state
+    del content["carried"], content["prompt_position"]
+    with pytest.raises(CheckpointError, match=r"lacks carried, prompt_position: .* earlier version"):
+        TrainState.from_json(content)
