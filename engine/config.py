@@ -228,6 +228,10 @@ class SamplingConfig(Section):
     """Keep the k most likely tokens; 0 keeps all."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.1
     """Penalty on tokens generated so far (not the prompt), once per distinct token. Source: 1.1, P p.18."""
+    length_penalty: NonNegative = 1.2
+    """Exponent of the length in a response's score, sum of log-probs / tokens ^ length_penalty, by which evaluations
+    choose among monitor.eval_best_of responses (with one there is no choice), and which `generate` reports; the larger
+    it is, the better long responses do. Source: 1.2, P p.18."""
     max_new_tokens: Positive = 512
     """Longest response, tokens. Source: 512 (length curves, P p.13)."""
     min_new_tokens: Count = 0
@@ -285,6 +289,17 @@ class PpoConfig(Section):
     """Fills what the file leaves unset. ppo_max: the paper's settings; moss_script_*: the released scripts'."""
     rollout_size: Positive = 128
     """Responses sampled per iteration, over all replicas. Source: 128, P p.11."""
+    over_sampling_size: Count = 0
+    """Responses under way in an iteration of `ppo`, over all replicas: the first rollout_size of them to end (by the
+    tokens drawn for them in this iteration) are taken, and the long ones do not hold it up. More than rollout_size; 0
+    turns it off. What is not taken is dropped: long responses are learned from less often than they are sampled."""
+    partial_rollout: bool = False
+    """Responses that ppo.over_sampling_size leaves unfinished are carried to the next iteration and go on under its
+    weights, instead of being dropped. Their first tokens keep the log-probs of the weights that drew them: see
+    ppo.rollout_correction. sampling.max_new_tokens counts a response over all iterations. Source: off, ours."""
+    overlap_scoring: Count = 0
+    """Reward model, reference and critic of `ppo` score responses that have ended, at least this many at a time, while
+    others are still being sampled. 0: all of them afterwards. It changes nothing but the time."""
     minibatch_size: Positive = 32
     """Responses per optimizer step, over all replicas. Source: 32, P p.11."""
     epochs: Positive = 1
@@ -358,6 +373,26 @@ class PpoConfig(Section):
                 f"ppo.rollout_size {self.rollout_size} is not a multiple of ppo.minibatch_size {self.minibatch_size}; "
                 f"set ppo.minibatch_size to a divisor of {self.rollout_size}"
             )
+        if 0 < self.over_sampling_size <= self.rollout_size:
+            raise ValueError(
+                f"ppo.over_sampling_size {self.over_sampling_size} is not larger than ppo.rollout_size "
+                f"{self.rollout_size}: no response could be left over; raise it, or set it to 0 (off)"
+            )
+        if self.partial_rollout and self.over_sampling_size == 0:
+            raise ValueError(
+                "ppo.partial_rollout is set but ppo.over_sampling_size is 0: no response is left unfinished; "
+                f"set it to more than ppo.rollout_size {self.rollout_size}"
+            )
+        if self.overlap_scoring >= self.rollout_size:
+            raise ValueError(
+                f"ppo.overlap_scoring {self.overlap_scoring} is not smaller than ppo.rollout_size {self.rollout_size}: "
+                "nothing would be scored early; lower it, or set it to 0 (off)"
+            )
+        if self.overlap_scoring and self.over_sampling_size:
+            raise ValueError(
+                "ppo.overlap_scoring and ppo.over_sampling_size are both set: which responses are taken is known only "
+                "when the last of them has ended; set one of them to 0"
+            )
         if isinstance(self.policy_clip, tuple) and min(self.policy_clip) <= 0:
             raise ValueError(f"ppo.policy_clip {self.policy_clip}: expected two positive numbers (low, high)")
         if self.rollout_correction != "none" and self.old_logprobs == "rollout":
@@ -388,6 +423,9 @@ class MonitorConfig(Section):
     """Evaluate on data.eval after every this many steps; 0: only at the end, and in `ppo` before the first step too."""
     eval_size: Positive = 128
     """Held-out rows used by one evaluation (the first ones of data.eval)."""
+    eval_best_of: Positive = 1
+    """Responses sampled for each held-out prompt by `evaluate` and the evaluations of `ppo`; the one with the best
+    score (sampling.length_penalty) is evaluated. Source: 1, P p.17."""
     num_samples: Count = 8
     """Dialogues written out by an evaluation of `ppo`; `evaluate` writes all."""
 

@@ -58,6 +58,13 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         'sampling.backend is "vllm", which serves critic, ppo and evaluate; set sampling.backend = "embedded"': (
             command == "generate" and sampling.backend == "vllm"
         ),
+        "ppo.over_sampling_size and ppo.overlap_scoring serve ppo alone; set them to 0 in this stage": (
+            command == "critic" and ppo.over_sampling_size + ppo.overlap_scoring > 0
+        ),
+        "ppo.over_sampling_size and ppo.overlap_scoring act inside the embedded generator; set sampling.backend = "
+        '"embedded", or both to 0': (
+            command == "ppo" and ppo.over_sampling_size + ppo.overlap_scoring > 0 and sampling.backend == "vllm"
+        ),
         f"ppo.ptx_coef is {ppo.ptx_coef} but data.ptx is empty; set data.ptx to dialogues, or ppo.ptx_coef = 0": (
             command == "ppo" and ppo.ptx_coef > 0 and not data.ptx
         ),

@@ -5,8 +5,8 @@ histogram.
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
 from ppomax.engine.models.roles import load_role
-from ppomax.engine.ppo.evaluation import EVALUATION_STEP, evaluate_policy
-from ppomax.engine.session import open_session, sample
+from ppomax.engine.ppo.evaluation import evaluate_policy
+from ppomax.engine.session import open_session, sample_held_out
 
 
 def run(config: RunConfig) -> None:
@@ -24,7 +24,7 @@ def run(config: RunConfig) -> None:
             reference = load_role("reference", config.model.reference, config, groups["reference"])
         reward = load_role("reward", config.model.reward, config, groups["reward"], scalar=True)
         rows = prompts.rows[: config.monitor.eval_size]
-        rollout = sample(session, policy, rows, EVALUATION_STEP)
+        rollout = sample_held_out(session, policy, rows)
         result = evaluate_policy(policy, reward, reference, rows, rollout, config.train, session.template)
         session.log.evaluation(0, result.metrics)
         session.log.write_json("evaluation.json", result.metrics)

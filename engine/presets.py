@@ -47,6 +47,7 @@ PPO_MAX: dict[str, Any] = {
     "sampling.top_p": 0.9,  # P p.18
     "sampling.top_k": 0,  # code: no top-k
     "sampling.repetition_penalty": 1.1,  # P p.18
+    "sampling.length_penalty": 1.2,  # P p.18
     "sampling.max_new_tokens": 512,  # where the length curves of P p.13 saturate; script
 }
 
@@ -60,6 +61,7 @@ _MOSS_SCRIPT: dict[str, Any] = {
     "ppo.lam": 0.95,  # script
     "ppo.ptx_coef": 0.0,  # script: ppo_pretrain_loss_weight 0
     "optim.critic_lr": 1.5e-6,  # script
+    "sampling.length_penalty": 1.0,  # code
     "optim.warmup_fraction": 0.1,  # script: warmup_steps 100 of train_steps 1000
 }
 

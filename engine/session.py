@@ -25,10 +25,13 @@ from ppomax.engine.models.transformer import DTYPES
 from ppomax.engine.parallel.collectives import raise_on_all
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups
+from ppomax.engine.ppo.evaluation import EVALUATION_STEP
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.backend import RolloutRequest, as_rollout
+from ppomax.engine.rollout.candidates import best_of
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.vllm_backend import VllmBackend
+from ppomax.engine.rollout.watch import MakeWatch
 from ppomax.engine.steps import StepCounter
 
 SAMPLING_STAGES = ("critic", "ppo", "evaluate")
@@ -110,13 +113,26 @@ def save_if_due(
         counter.last_good = str(path)
 
 
-def sample(session: Session, policy: Role, rows: Sequence[PromptRow], step: int) -> Rollout:
-    """One response to each prompt, with the run's sampling settings; its noise is fixed by train.seed and the step."""
+def sample(
+    session: Session,
+    policy: Role,
+    rows: Sequence[PromptRow],
+    step: int,
+    *,
+    samples: int = 1,
+    watch: MakeWatch | None = None,
+) -> Rollout:
+    """Responses to each prompt, with the run's sampling settings; their noise is fixed by train.seed and the step.
+
+    watch: looks on while the embedded generator samples.
+    """
     config, tokenizer = session.config, session.tokenizer
     prompts = [row.tokens for row in rows]
-    seeds = request_seeds(config.train.seed, step, len(rows))
+    seeds = torch.stack([request_seeds(config.train.seed, step, len(rows), sample=s) for s in range(samples)], dim=1)
+    seeds = seeds.flatten()
     if session.vllm is not None:
-        return _sample_in_vllm(session, session.vllm, policy, prompts, seeds, step)
+        repeated = [prompt for prompt in prompts for _ in range(samples)]
+        return _sample_in_vllm(session, session.vllm, policy, repeated, seeds, step)
     return generate(
         policy,
         prompts,
@@ -125,7 +141,18 @@ def sample(session: Session, policy: Role, rows: Sequence[PromptRow], step: int)
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         max_length=config.data.max_length,
+        samples=samples,
+        watch=watch,
     )
+
+
+def sample_held_out(session: Session, policy: Role, rows: Sequence[PromptRow]) -> Rollout:
+    """One response to each held-out prompt, the best of monitor.eval_best_of; every evaluation of a run draws the same
+    noise.
+    """
+    samples = session.config.monitor.eval_best_of
+    rollout = sample(session, policy, rows, EVALUATION_STEP, samples=samples)
+    return best_of(rollout, samples, length_penalty=session.config.sampling.length_penalty)
 
 
 def _sample_in_vllm(

@@ -1,7 +1,8 @@
 """PPO-max: sample, score, update, and now and then evaluate on held-out prompts."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,19 @@ import torch
 from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
-from ppomax.engine.models.roles import load_critic, load_role
-from ppomax.engine.ppo.evaluation import EVALUATION_STEP, evaluate_policy
-from ppomax.engine.ppo.experience import Models, make_experience, summary
+from ppomax.engine.data.order import Order
+from ppomax.engine.errors import CheckpointError, ConfigError
+from ppomax.engine.models.roles import Role, load_critic, load_role
+from ppomax.engine.ppo.evaluation import evaluate_policy
+from ppomax.engine.ppo.experience import Models, make_experience, make_scorer, summary
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
+from ppomax.engine.ppo.scoring import RolloutScorer
+from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.ppo.update import UpdateSettings, update
-from ppomax.engine.session import Session, export, is_due, open_session, sample, save_if_due
+from ppomax.engine.rollout.generate import request_seeds
+from ppomax.engine.rollout.long_tail import Started, first_to_end
+from ppomax.engine.rollout.watch import Ended
+from ppomax.engine.session import Session, export, is_due, open_session, sample, sample_held_out, save_if_due
 from ppomax.engine.steps import StepCounter
 
 
@@ -23,22 +31,32 @@ class TrainState:
     """What a resumed run needs besides weights and optimizers. Data order and noise are functions of seed and step
     alone.
 
-    step: finished iterations. optimizer_step: steps of the learning-rate schedule. ptx_position: dialogues drawn.
+    step: finished iterations. optimizer_step: steps of the learning-rate schedule. prompt_position, ptx_position:
+    prompts and dialogues drawn. carried: responses that the next iteration goes on with.
     """
 
     step: int
     optimizer_step: int
+    prompt_position: int
     ptx_position: int
     scaler: RewardScaler
     kl: KlController
+    carried: tuple[Started, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "TrainState":
+        missing = sorted({field.name for field in fields(TrainState)} - content.keys())
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint's state lacks {', '.join(missing)}: it was written by an earlier version of ppomax; "
+                "resume it with that version"
+            )
         scaler, kl = RewardScaler(**content["scaler"]), KlController(**content["kl"])
-        return TrainState(**{**content, "scaler": scaler, "kl": kl})
+        carried = tuple(Started.from_json(one) for one in content["carried"])
+        return TrainState(**{**content, "scaler": scaler, "kl": kl, "carried": carried})
 
 
 def run(config: RunConfig) -> None:
@@ -52,11 +70,12 @@ def run(config: RunConfig) -> None:
         settings = UpdateSettings(ppo, config.optim, train.tokens_per_microbatch)
         steps_per_iteration = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
         counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
-        state = TrainState(0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
+        state = TrainState(0, 0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
         trained = {"policy": models.policy, "critic": models.critic}
         if session.resume:
             state = TrainState.from_json(load_checkpoint(session.resume, trained))
             counter.step, counter.last_good = state.optimizer_step, str(session.resume)
+            _check_carried(state, config)
         order = prompts.order(train.seed)
         ptx = PtxBatches(session) if config.data.ptx and ppo.ptx_coef > 0 else None
         if ptx is not None:
@@ -64,8 +83,8 @@ def run(config: RunConfig) -> None:
         if held_out and state.step == 0:
             _evaluate(session, models, held_out, 0)
         while state.step < train.steps:
-            rows = prompts.take(order, state.step * ppo.rollout_size, ppo.rollout_size)
-            rollout = sample(session, models.policy, rows, state.step)
+            scorer = make_scorer(models, train.tokens_per_microbatch, is_early=ppo.overlap_scoring > 0)
+            rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
             experience, scaler = make_experience(
                 rollout,
                 models,
@@ -73,17 +92,19 @@ def run(config: RunConfig) -> None:
                 kl_coef=state.kl.coef,
                 config=ppo,
                 tokens_per_microbatch=train.tokens_per_microbatch,
+                scorer=scorer,
             )
             generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.step)
             stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
-            metrics = summary(experience) | stats | {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}
+            metrics = summary(experience) | stats | sampled
+            metrics |= {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}
             state = replace(
                 state,
                 step=state.step + 1,
                 optimizer_step=counter.step,
                 ptx_position=ptx.position if ptx is not None else 0,
                 scaler=scaler,
-                kl=state.kl.update(metrics["kl"], len(rows), ppo),
+                kl=state.kl.update(metrics["kl"], ppo.rollout_size, ppo),
             )
             session.log.step(state.step, train.steps, metrics)
             is_last = state.step == train.steps
@@ -92,6 +113,52 @@ def run(config: RunConfig) -> None:
             save_if_due(session, state.step, trained, state.to_json(), counter)
         export(session, models.policy, "hf")
         export(session, models.critic, "critic_hf")
+
+
+def _sample(
+    session: Session,
+    policy: Role,
+    prompts: Dataset[PromptRow],
+    order: Order,
+    state: TrainState,
+    scorer: RolloutScorer,
+) -> tuple[Rollout, dict[str, float], TrainState]:
+    """A rollout, metrics of how it came about, and the state with what it took and left. scorer: gets what ends early,
+    with ppo.overlap_scoring.
+    """
+    config, ppo, tokenizer = session.config, session.config.ppo, session.tokenizer
+    wanted = ppo.over_sampling_size or ppo.rollout_size
+    rows = prompts.take(order, state.prompt_position, max(0, wanted - len(state.carried)))
+    state = replace(state, prompt_position=state.prompt_position + len(rows))
+    if ppo.overlap_scoring > 0:
+        watch = partial(Ended, ppo.overlap_scoring, scorer.add, tokenizer.pad_id)
+        rollout = sample(session, policy, rows, state.step, watch=watch)
+        return rollout, {"scored_early": scorer.num_scored / len(rows)}, state
+    if ppo.over_sampling_size == 0:
+        return sample(session, policy, rows, state.step), {}, state
+    seeds = request_seeds(config.train.seed, state.step, len(rows)).tolist()
+    new = (Started(row.tokens, seed, state.step) for row, seed in zip(rows, seeds, strict=True))
+    result = first_to_end(
+        policy,
+        [*state.carried, *new],
+        ppo.rollout_size,
+        state.step,
+        config.sampling,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        max_length=config.data.max_length,
+    )
+    carried = result.rest if ppo.partial_rollout else ()
+    counts = {"responses_carried": len(carried), "responses_dropped": len(result.rest) - len(carried)}
+    return result.rollout, {**result.metrics, **counts}, replace(state, carried=carried)
+
+
+def _check_carried(state: TrainState, config: RunConfig) -> None:
+    if state.carried and not config.ppo.partial_rollout:
+        raise ConfigError(
+            f"the checkpoint holds {len(state.carried)} unfinished responses, which only ppo.partial_rollout goes on "
+            "with; set it, and ppo.over_sampling_size, as in the run that wrote it"
+        )
 
 
 def load_models(session: Session) -> Models:
@@ -130,7 +197,7 @@ def _prompts(session: Session, sources: Any) -> Dataset[PromptRow]:
 
 def _evaluate(session: Session, models: Models, prompts: tuple[PromptRow, ...], step: int) -> None:
     """Held-out evaluation: a line of metrics.jsonl and samples_N.jsonl."""
-    rollout = sample(session, models.policy, prompts, EVALUATION_STEP)
+    rollout = sample_held_out(session, models.policy, prompts)
     roles = (models.policy, models.reward, models.reference)
     result = evaluate_policy(*roles, prompts, rollout, session.config.train, session.template)
     session.log.evaluation(step, result.metrics)

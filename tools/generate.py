@@ -223,7 +223,10 @@ def respond(model: Model, prompts: Sequence[PromptRow | BadRow], seeds: torch.Te
 
 
 def read_rollout(rollout: Rollout, model: Model, stops: Sequence[str]) -> Rows:
-    """response, finish, num_tokens, mean_logprob and num_prompt_tokens of every row of a rollout."""
+    """response, finish, num_tokens, mean_logprob, score and num_prompt_tokens of every row of a rollout.
+
+    score: as in engine/rollout/candidates.py, of the tokens that count.
+    """
     columns = (rollout.tokens, rollout.sampling_logprobs, rollout.prompt_lengths, rollout.lengths, rollout.finished)
     rows: Rows = []
     for tokens, logprobs, start, end, finished in zip(*(column.tolist() for column in columns), strict=True):
@@ -235,13 +238,15 @@ def read_rollout(rollout: Rollout, model: Model, stops: Sequence[str]) -> Rows:
             stops=stops,
             min_new_tokens=model.config.sampling.min_new_tokens,
         )
-        mean = response.mean_logprob
+        mean = response.mean_logprob if response.mean_logprob is not None else math.nan
+        score = mean * max(1, response.num_tokens) ** (1 - model.config.sampling.length_penalty)
         rows.append(
             {
                 "response": response.text,
                 "finish": response.finish,
                 "num_tokens": response.num_tokens,
-                "mean_logprob": mean if mean is not None and math.isfinite(mean) else None,
+                "mean_logprob": mean if math.isfinite(mean) else None,
+                "score": score if math.isfinite(score) else None,
                 "num_prompt_tokens": start,
             }
         )

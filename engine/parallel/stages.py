@@ -43,3 +43,13 @@ def sum_over_replicas(x: Tensor, groups: RoleGroups) -> None:
     """Overwrites x with its sum over the replicas. Every replica must call it."""
     if groups.layout.dp > 1:
         dist.all_reduce(x, group=groups.megatron.dp)
+
+
+def max_over_replica(x: Tensor, groups: RoleGroups) -> None:
+    """Overwrites x with the largest over the ranks of this replica. Every one of them must call it."""
+    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.megatron.mp)
+
+
+def max_over_role(x: Tensor, groups: RoleGroups) -> None:
+    """Overwrites x with the largest over all ranks of the role. Every one of them must call it."""
+    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=groups.megatron.intra_dist_opt)

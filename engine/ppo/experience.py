@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ppomax.engine.config import PpoConfig
-from ppomax.engine.data.batches import unpad
 from ppomax.engine.models.roles import Role
 from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished
-from ppomax.engine.ppo.scoring import full_kl, sequence_scores, token_logprobs, token_values
+from ppomax.engine.ppo.scoring import RolloutScorer, full_kl, token_logprobs
 from ppomax.engine.ppo.types import Experience, Rollout
 from ppomax.kernels.experience import experience as token_experience
 from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder
@@ -37,26 +36,24 @@ def make_experience(
     config: PpoConfig,
     tokens_per_microbatch: int,
     step_rewards: Tensor | None = None,
+    scorer: RolloutScorer | None = None,
 ) -> tuple[Experience, RewardScaler]:
     """Scores a rollout with all four roles; returns the experience and the reward moments that now include its scores.
 
-    step_rewards [B, T] float: extra rewards at any response token (process rewards). Collective over all ranks of the
-    roles.
+    step_rewards [B, T] float: extra rewards at any response token (process rewards). scorer: has parts of the rollout
+    already. Collective over all ranks of the roles.
     """
     limit = tokens_per_microbatch
     mask = rollout.response_mask
-    scores = sequence_scores(
-        models.reward, unpad(rollout.tokens.cpu(), rollout.lengths.cpu()), tokens_per_microbatch=limit
-    )
+    if scorer is None:
+        scorer = make_scorer(models, tokens_per_microbatch, is_early=False)
+    scored = scorer.finish(rollout)
+    scores, values = scored.scores, scored.values
     logprobs = policy_logprobs(rollout, models.policy, config, limit)
-    if models.reference is models.policy:
-        ref_logprobs = logprobs
-    else:
-        ref_logprobs, _ = token_logprobs(models.reference, rollout, tokens_per_microbatch=limit)
+    ref_logprobs = logprobs if scored.ref_logprobs is None else scored.ref_logprobs
     kl = None
     if config.kl_estimator == "full":
         kl = full_kl(models.policy, models.reference, rollout, tokens_per_microbatch=limit)
-    values = token_values(models.critic, rollout, tokens_per_microbatch=limit)
     scaler = scaler.update(scores)
     scaled = penalise_unfinished(scaler.apply(scores, config), rollout.finished, config)
     tokens = token_experience(
@@ -85,6 +82,13 @@ def make_experience(
         returns=tokens.returns,
     )
     return result, scaler
+
+
+def make_scorer(models: Models, tokens_per_microbatch: int, *, is_early: bool) -> RolloutScorer:
+    """For one rollout. is_early: parts of it will come while the policy samples the rest."""
+    reference = None if models.reference is models.policy else models.reference
+    sampler = models.policy if is_early else None
+    return RolloutScorer(models.reward, models.critic, reference, sampler=sampler, limit=tokens_per_microbatch)
 
 
 def policy_logprobs(rollout: Rollout, policy: Role, config: PpoConfig, tokens_per_microbatch: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Forward passes of the four roles over a rollout: log-probs, values, scores. Results are whole on every rank."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from ppomax.engine.data.batches import Pack, Rows, last_token_rows, response_row
 from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
-from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.ppo.types import Rollout, take_rows
 from ppomax.kernels.linear_full_kl import linear_full_kl
 
 
@@ -77,6 +78,90 @@ def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_micro
     run_forward(reference.modules, reference.groups, packs, keep, num_outputs)
     kl = run_forward(policy.modules, policy.groups, packs, compute, num_outputs)
     return kl.reshape(rollout.response_mask.shape)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """scores [B], values and ref_logprobs [B, T] float32 of a rollout; ref_logprobs None where they are not wanted."""
+
+    scores: Tensor
+    values: Tensor
+    ref_logprobs: Tensor | None
+
+
+class RolloutScorer:
+    """Reward model, critic and reference over one rollout, which may come in parts while the rest is being sampled.
+
+    reference: None where its log-probs are not wanted. sampler: the role that samples meanwhile.
+    On CUDA the parts run on a stream of their own, beside the small steps of the last responses, unless one of the
+    roles is spread over ranks: the collectives inside of two forward passes must not run side by side, in an order
+    that differs from GPU to GPU. Those parts then run in line. Numbers are those of the whole rollout, up to rounding.
+    """
+
+    def __init__(
+        self, reward: Role, critic: Role, reference: Role | None, *, sampler: Role | None = None, limit: int
+    ) -> None:
+        """limit: tokens of a micro-batch."""
+        self._reward, self._critic, self._reference, self._limit = reward, critic, reference, limit
+        self._parts: list[tuple[Tensor, Scored]] = []
+        layouts = [role.groups.layout for role in (reward, critic, reference, sampler) if role is not None]
+        is_whole = all(layout.tp * layout.pp == 1 for layout in layouts)
+        self._stream = torch.cuda.Stream() if reward.device.type == "cuda" and sampler and is_whole else None
+
+    @property
+    def num_scored(self) -> int:
+        return sum(len(rows) for rows, _ in self._parts)
+
+    def add(self, rows: Sequence[int], part: Rollout) -> None:
+        """Scores these rows of the rollout, which are whole. Every rank must call it, with the same rows."""
+        index = torch.tensor(rows, device=part.tokens.device)
+        # Read before the passes start: reading in between would make the host wait for them, and sampling with it.
+        part = Rollout(**{name: x.cpu() for name, x in vars(part).items() if x is not None})
+        if self._stream is None:
+            self._parts.append((index, self._score(part)))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())  # weights and what is on its way to them
+        with torch.cuda.stream(self._stream):
+            self._parts.append((index, self._score(part)))
+
+    def finish(self, rollout: Rollout) -> Scored:
+        """The whole rollout, of which what was not added is scored now. Every rank must call it."""
+        if not self._parts:
+            return self._score(rollout)
+        self._join()
+        is_left = torch.ones(len(rollout.lengths), dtype=torch.bool, device=rollout.tokens.device)
+        is_left[torch.cat([rows for rows, _ in self._parts])] = False
+        left = is_left.nonzero().flatten()
+        parts = [*self._parts, *([(left, self._score(take_rows(rollout, left)))] if len(left) else [])]
+        scores = torch.zeros(len(is_left), device=is_left.device)
+        values, ref_logprobs = torch.zeros(2, *rollout.response_mask.shape, device=is_left.device)
+        for rows, scored in parts:
+            num_columns = scored.values.shape[1]
+            scores[rows] = scored.scores
+            values[rows, :num_columns] = scored.values
+            if scored.ref_logprobs is not None:
+                ref_logprobs[rows, :num_columns] = scored.ref_logprobs
+        return Scored(scores, values, None if self._reference is None else ref_logprobs)
+
+    def _join(self) -> None:
+        """Lets the current stream read what the other one has scored."""
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._stream)
+        for _, scored in self._parts:
+            for x in vars(scored).values():
+                if x is not None:
+                    x.record_stream(current)  # its memory is not free before this stream has read it
+
+    def _score(self, rollout: Rollout) -> Scored:
+        limit = self._limit
+        sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
+        scores = sequence_scores(self._reward, sequences, tokens_per_microbatch=limit)
+        ref_logprobs = None
+        if self._reference is not None:
+            ref_logprobs, _ = token_logprobs(self._reference, rollout, tokens_per_microbatch=limit)
+        return Scored(scores, token_values(self._critic, rollout, tokens_per_microbatch=limit), ref_logprobs)
 
 
 def _response_sequences(rollout: Rollout) -> tuple[list[Tensor], Rows]:

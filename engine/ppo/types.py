@@ -24,7 +24,8 @@ class Rollout:
     sampling_logprobs [B, T] float32: log-probabilities, nats, of the sampler's own unmodified T = 1 distribution; 0
     outside the mask.
     margins [B, T] float32: by how much the drawn token's perturbed score beats the next one; 0 outside the mask.
-    Where it is tiny, another layout may draw another token. None for responses that were not sampled here.
+    Where it is tiny, another layout may draw another token; infinite in the part of a response that was carried over
+    from an earlier rollout. None for responses that were not sampled here.
     """
 
     tokens: Tensor
@@ -62,3 +63,12 @@ def response_mask(prompt_lengths: Tensor, lengths: Tensor, num_columns: int) -> 
     """[B, T] mask of response tokens: column t keeps token t + 1, so t runs from prompt_length - 1 to length - 2."""
     t = torch.arange(num_columns, device=lengths.device)[None]
     return (t >= prompt_lengths[:, None] - 1) & (t < lengths[:, None] - 1)
+
+
+def take_rows(rollout: Rollout, rows: Tensor) -> Rollout:
+    """Some rows [n] int64 of a rollout, in this order, without columns that only others fill."""
+    lengths = rollout.lengths[rows]
+    width = int(lengths.max())
+    columns = {name: x[rows] for name, x in vars(rollout).items() if x is not None}
+    tokens = columns.pop("tokens")[:, :width]
+    return Rollout(tokens=tokens, **{n: x if x.dim() == 1 else x[:, : width - 1] for n, x in columns.items()})

@@ -1,15 +1,18 @@
 """The embedded generator (generate.py) behind the protocol: it samples from the role's own weights, without a copy."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ppomax.engine.config import SamplingConfig
 from ppomax.engine.models.roles import Role
+from ppomax.engine.parallel.stages import max_over_role
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.backend import Completion, FinishReason, RolloutRequest, finished_early
 from ppomax.engine.rollout.generate import generate
+from ppomax.engine.rollout.watch import Aborts
 
 
 class EmbeddedBackend:
@@ -34,12 +37,13 @@ class EmbeddedBackend:
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Completion]:
         """Requests run together with those of the same sampling settings and stop sequences."""
+        aborted = self._known_aborts(requests)
         results: dict[int, Completion] = {}
         alike: dict[tuple[SamplingConfig, tuple[tuple[int, ...], ...]], list[int]] = {}
         for b, request in enumerate(requests):
             early = finished_early(
                 request,
-                aborted=self._aborted,
+                aborted=aborted,
                 vocab_size=self._role.shape.vocab_size,
                 context=self._context,
                 version=self._version,
@@ -59,13 +63,19 @@ class EmbeddedBackend:
                 max_length=self._context,
                 limits=[requests[b].max_new_tokens for b in members],
                 stop_sequences=stop_sequences,
+                watch=partial(
+                    Aborts, partial(self._aborted_rows, {requests[b].id: row for row, b in enumerate(members)})
+                ),
             )
-            results |= zip(members, self._completions(rollout), strict=True)
+            results |= zip(members, self._completions([requests[b] for b in members], rollout), strict=True)
         self._aborted.clear()
         return [results[b] for b in range(len(requests))]
 
     def abort(self, ids: Collection[int]) -> None:
-        """Holds for the next generate: one that runs goes on to its end."""
+        """Requests of a running generate end with what they have, after at most the step under way and three more.
+
+        It is enough that one rank of a replica, and before a generate one rank at all, calls it.
+        """
         self._aborted.update(ids)
 
     def sleep(self, level: int) -> None: ...
@@ -74,12 +84,28 @@ class EmbeddedBackend:
 
     def close(self) -> None: ...
 
-    def _completions(self, rollout: Rollout) -> list[Completion]:
+    def _aborted_rows(self, rows: Mapping[int, int]) -> list[int]:
+        """rows: id -> row."""
+        # A copy: another thread may add to the set while it is read.
+        return [rows[request] for request in tuple(self._aborted) if request in rows]
+
+    def _known_aborts(self, requests: Sequence[RolloutRequest]) -> set[int]:
+        """Ids aborted before this generate on any rank: all must leave out the same requests."""
+        groups = self._role.groups
+        flags = torch.tensor([int(request.id in self._aborted) for request in requests], device=self._role.device)
+        if groups.layout.num_ranks > 1 and len(requests):
+            max_over_role(flags, groups)
+        return {request.id for request, is_aborted in zip(requests, flags.tolist(), strict=True) if is_aborted}
+
+    def _completions(self, requests: Sequence[RolloutRequest], rollout: Rollout) -> list[Completion]:
         completions = []
         rows = (rollout.tokens, rollout.sampling_logprobs, rollout.prompt_lengths, rollout.lengths, rollout.finished)
-        for tokens, logprobs, start, end, finished in zip(*(x.tolist() for x in rows), strict=True):
+        columns = zip(requests, *(x.tolist() for x in rows), strict=True)
+        for request, tokens, logprobs, start, end, finished in columns:
             response = tuple(tokens[start:end])
             reason: FinishReason = "length"
+            if not finished and len(response) < min(request.max_new_tokens, self._context - start):
+                reason = "abort"
             if finished:
                 reason = "eos" if response[-1] == self._eos_id else "stop"
             completions.append(Completion(response, tuple(logprobs[start - 1 : end - 1]), reason, self._version))

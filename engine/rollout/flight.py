@@ -86,8 +86,9 @@ class Flight:
         self.stage, self.on_token = stage, on_token
         self.scheduler = Scheduler(requests, limits)
         self.cache = PagedCache(role.chunks, num_pages=limits.num_pages, page_size=limits.page_size)
+        self._indices = [request.index for request in requests]
         width = pages_for(limits.max_context, limits.page_size)
-        self._tables = StepTables([request.index for request in requests], limits.page_size, width)
+        self._tables = StepTables(self._indices, limits.page_size, width)
         self._graphs: list[DecodeGraphs] = []
         if uses_graphs(sampling, role.device):
             self._graphs = [
@@ -108,6 +109,16 @@ class Flight:
     @property
     def is_done(self) -> bool:
         return self.scheduler.is_done and not self._unread
+
+    @property
+    def open_requests(self) -> list[int]:
+        """Those that have not ended, as far as collected."""
+        return [request for request in self._indices if request not in self._ended]
+
+    def end(self, request: int) -> None:
+        """Ends a request with the tokens collected so far. All ranks of the replica must call it at the same step."""
+        self._ended.add(request)
+        self.scheduler.abort(request)
 
     def launch(self) -> bool:
         """Plans the next step and takes it through the first chunk; False where there is none before `collect`."""

@@ -21,13 +21,14 @@ from ppomax.engine.models.roles import Role, check_vocabulary
 from ppomax.engine.parallel.device import torch_functions_as_they_are
 from ppomax.engine.parallel.stages import sum_over_replicas
 from ppomax.engine.ppo.types import Rollout
-from ppomax.engine.rollout.batch import Batch
+from ppomax.engine.rollout.batch import Batch, Begun
 from ppomax.engine.rollout.draw import StopRule
 from ppomax.engine.rollout.flight import Flight
 from ppomax.engine.rollout.inference import InferenceStage
 from ppomax.engine.rollout.paged_cache import local_groups
 from ppomax.engine.rollout.pages import num_pages_for_budget, pages_for
 from ppomax.engine.rollout.scheduler import Limits, Request
+from ppomax.engine.rollout.watch import MakeWatch, Watch
 
 CACHE_SHARE = 0.5
 """Of the GPU memory that is free when generation starts, what the cache may take where sampling.cache_gib is 0."""
@@ -52,6 +53,8 @@ def generate(
     limits: Sequence[int] | None = None,
     stop_sequences: Sequence[Sequence[int]] = (),
     on_token: Callable[[int, int], None] | None = None,
+    begun: Sequence[Begun] | None = None,
+    watch: MakeWatch | None = None,
 ) -> Rollout:
     """`samples` responses to each prompt of the global batch; every rank of the role must call it and gets all of them.
 
@@ -62,6 +65,8 @@ def generate(
     tokens, or where prompt and response fill the model's context or, if given, max_length tokens. pad_id fills the rows
     of the result. limits of 0 give empty responses.
     on_token: called with (row, token) for each token of this replica's responses as soon as the host has read it.
+    begun: what is there already of each of the B responses; limits count it.
+    watch: makes what looks on, and may end requests early, from the batch and the rows of this replica (watch.py).
     Raises, before anything runs, DataError if a prompt is empty or leaves no room for a response, ConfigError if one
     has a token that the model does not know, DoesNotFitError if the cache cannot hold the longest request.
     """
@@ -71,14 +76,20 @@ def generate(
     rows = [prompt for prompt in prompts for _ in range(samples)]
     wanted = limits or [sampling.max_new_tokens] * len(rows)
     max_lengths = [min(context, len(prompt) + limit) for prompt, limit in zip(rows, wanted, strict=True)]
-    batch = Batch(rows, max_lengths, seeds, role.device)
+    if begun is not None:
+        ends = [(len(p) + len(start.tokens), start.finished) for p, start in zip(rows, begun, strict=True)]
+        max_lengths = [
+            end if is_over else max(end, most) for (end, is_over), most in zip(ends, max_lengths, strict=True)
+        ]
+    batch = Batch(rows, max_lengths, seeds, role.device, begun)
     share = _share_of_replica(batch, samples, role)
     stop = StopRule(eos_id, tuple(map(tuple, stop_sequences)), sampling.min_new_tokens)
     affordable = _affordable_pages(role, batch, sampling)
     with torch_functions_as_they_are():
         flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
-        default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
-        _run(flights, len(role.chunks), default if sampling.steps_ahead is None else sampling.steps_ahead)
+    default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
+    steps_ahead = default if sampling.steps_ahead is None else sampling.steps_ahead
+    _run(flights, len(role.chunks), steps_ahead, None if watch is None else watch(batch, share, role))
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
 
@@ -138,12 +149,12 @@ def _flights(
     requests = [
         Request(
             index=b,
-            prompt=tuple(batch.prompts[b]),
-            max_new_tokens=batch.max_lengths[b] - len(batch.prompts[b]),
-            parent=b // samples * samples if b % samples else None,
+            prompt=batch.known[b],
+            max_new_tokens=batch.max_lengths[b] - len(batch.known[b]),
+            parent=_first_alike(batch, b, samples),
         )
         for b in share
-        if batch.max_lengths[b] > len(batch.prompts[b])
+        if batch.max_lengths[b] > len(batch.known[b])
     ]
     if not requests:
         return []
@@ -162,6 +173,12 @@ def _flights(
     )
     stage = InferenceStage(role, max(batch.max_lengths))
     return [Flight(role, stage, batch, part, limits, sampling, stop, on_token) for part in parts]
+
+
+def _first_alike(batch: Batch, b: int, samples: int) -> int:
+    """The first of the samples of b's prompt with the same known tokens: they differ where responses have begun."""
+    first = b // samples * samples
+    return next(other for other in range(first, b + 1) if batch.known[other] == batch.known[b])
 
 
 def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int | None:
@@ -205,19 +222,23 @@ def _num_pages(parts: list[list[Request]], max_running: int, sampling: SamplingC
     return needed if affordable is None else min(needed, affordable)
 
 
-def _run(flights: list[Flight], num_chunks: int, steps_ahead: int) -> None:
-    """Takes turns with the flights until all requests have ended; num_chunks: of a stage.
+def _run(flights: list[Flight], num_chunks: int, steps_ahead: int, watch: Watch | None) -> None:
+    """Takes turns with the flights until all requests have ended, and the watch needs this replica no longer.
 
-    All flights pass a chunk before the first of them passes the next one: no stage waits.
+    num_chunks: of a stage. All flights pass a chunk before the first of them passes the next one: no stage waits.
     """
-    while flights:
-        for flight in flights:
-            flight.collect(leave=steps_ahead)
-            if not flight.launch():
-                flight.collect(leave=0)
-        for number in range(1, num_chunks):
+    turn = 0
+    while flights or (watch is not None and watch.goes_on):
+        with torch_functions_as_they_are():
             for flight in flights:
-                flight.run_chunk(number)
+                flight.collect(leave=steps_ahead)
+                if not flight.launch():
+                    flight.collect(leave=0)
+            for number in range(1, num_chunks):
+                for flight in flights:
+                    flight.run_chunk(number)
+        if watch is not None and turn % watch.every == 0:
+            watch.look(flights)
         flights = [flight for flight in flights if not flight.is_done]
 
 

@@ -7,7 +7,7 @@ the pool. The cases are ragged on purpose: a mean of per-rank or per-micro-batch
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -307,6 +307,9 @@ def test_the_classes_at_work_are_megatrons(run: Runner, stage: str, name: str) -
     assert found.schedules == {SCHEDULES + schedule}
 
 
+EARLY = {"overlap_scoring": 2}
+
+
 def test_roles_may_have_different_layouts(run: Runner) -> None:
     print(assert_same_run(run("ppo", MIXED), run("ppo", one_process(MIXED))))
 
@@ -324,6 +327,14 @@ def test_variants_of_ppo_give_the_numbers_of_one_process(run: Runner, variant: s
     overrides = VARIANTS[variant]
     found, expected = (run("ppo", case, **overrides) for case in (CASES["tp2_pp2"], one_process(CASES["tp2_pp2"])))
     print(variant, assert_same_run(found, expected))
+
+
+@pytest.mark.parametrize("case", [Case(1), CASES["dp2"], MIXED], ids=["one_process", "dp2", "mixed"])
+def test_scoring_while_others_are_sampled_gives_the_numbers_of_scoring_afterwards(run: Runner, case: Case) -> None:
+    found, expected = run("ppo", case, ppo=EARLY), run("ppo", case)
+    assert min(record["scored_early"] for record in found.metrics) > 0.2
+    same = [{name: x for name, x in record.items() if name != "scored_early"} for record in found.metrics]
+    print(assert_same_run(replace(found, metrics=same), expected))
 
 
 def test_the_ppo_case_clips_and_is_ragged(run: Runner) -> None:

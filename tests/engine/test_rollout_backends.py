@@ -3,6 +3,7 @@
 vLLM is compared with the embedded engine in tests/vllm.
 """
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.rollout.backend import Completion, RolloutRequest, as_rollout, finished_early
 from ppomax.engine.rollout.embedded import EmbeddedBackend
+from ppomax.engine.rollout.flight import Flight
 from ppomax.engine.rollout.generate import generate
 from ppomax.kernels.sampling import sample_with_margins
 
@@ -245,6 +247,41 @@ def test_aborted_requests_do_not_run_and_abort_holds_for_one_call(backend):
     assert [b for b, reason in enumerate(reasons(completions)) if reason == "abort"] == [1, 3]
     assert_equal([completions[0], completions[2]], [whole[0], whole[2]])
     assert_equal(backend.generate(requests), whole)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 3])
+def test_running_requests_can_be_aborted_from_another_thread(embedded, steps_ahead, monkeypatch):
+    """They end with what they have; those of the same call that have not started end without tokens."""
+    paper = PAPER.model_copy(update={"steps_ahead": steps_ahead, "batch_size": 3})
+    requests = [replace(request, max_new_tokens=30) for request in requests_with(paper)]
+    requests[6] = replace(requests[6], sampling=TOP_K)  # runs after the others
+    whole = embedded.generate(requests)
+    launches = []
+    launch = Flight.launch
+
+    def aborting(self):
+        launches.append(self)
+        if len(launches) == 7:
+            thread = threading.Thread(target=embedded.abort, args=([10, 12, 15, 16],))
+            thread.start()
+            thread.join()
+        return launch(self)
+
+    monkeypatch.setattr(Flight, "launch", aborting)
+    completions = embedded.generate(requests)
+    aborted = [b for b, completion in enumerate(completions) if completion.finish_reason == "abort"]
+    # Longest prompts first: request 15, with a prompt of 18, is among those that wait.
+    assert set(aborted) <= {0, 2, 5, 6}
+    assert {2, 6} <= set(aborted)
+    for b, (completion, other) in enumerate(zip(completions, whole, strict=True)):
+        if b in aborted:
+            assert completion.tokens == other.tokens[: len(completion.tokens)]
+            assert len(completion.logprobs) == len(completion.tokens) < min(7, len(other.tokens))
+        else:
+            assert_equal([completion], [other])
+    assert len(completions[2].tokens) >= 6 - steps_ahead
+    monkeypatch.undo()
+    assert_equal(embedded.generate(requests), whole)
 
 
 def test_the_weights_are_those_of_the_last_load(backend, load):

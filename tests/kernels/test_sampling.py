@@ -115,6 +115,25 @@ def test_draws_follow_the_softmax(temperature: float) -> None:
 
 
 @pytest.mark.one_version
+def test_a_hundred_thousand_draws_follow_the_papers_distribution() -> None:
+    """Penalty, temperature and nucleus of the paper, from logits of which each step is done by hand."""
+    N, V = 100_000, 24
+    logits = torch.randn(V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    seen = torch.arange(V) % 7 == 0
+    scores = torch.where(seen, torch.where(logits > 0, logits / 1.1, logits * 1.1), logits) / 0.8
+    order = scores.argsort(descending=True)
+    num_kept = 1 + int((scores.softmax(0)[order].cumsum(0) < 0.9).sum())
+    wanted = torch.zeros(V, dtype=torch.float64)
+    wanted[order[:num_kept]] = scores[order[:num_kept]].softmax(0)
+    assert 8 < num_kept < V
+    assert seen[order[:num_kept]].any()
+    tokens = draw(
+        logits.float().expand(N, V), temperature=0.8, top_p=0.9, repetition_penalty=1.1, seen=seen.expand(N, V)
+    ).tokens
+    assert_drawn_from(tokens, wanted)
+
+
+@pytest.mark.one_version
 def test_draws_of_one_seed_at_successive_positions_are_independent() -> None:
     probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
     N = 20_000

@@ -83,6 +83,21 @@ def test_the_first_response_to_each_prompt_is_that_of_evaluate(command, tiny, pr
     assert responses(rows[::2]) != responses(rows[1::2])
 
 
+@pytest.mark.parametrize("penalty", [0.0, 1.2, 3.0])
+def test_evaluate_takes_the_sample_with_the_best_score(command, tiny, prompts, tmp_path, penalty):
+    settings = [*LIVELY, f"sampling.length_penalty={penalty}", "train.seed=5"]
+    rows = command(prompts, *settings, "--samples", "3")
+    for row in rows:
+        assert row["score"] == pytest.approx(row["mean_logprob"] * row["num_tokens"] ** (1 - penalty))
+    overrides = [f"model.{role}={tiny.model(role)}" for role in ("policy", "reward")]
+    overrides += ["data.eval=prompts.jsonl", "data.max_length=160", "train.output=evaluated", "monitor.eval_best_of=3"]
+    assert cli.main(["evaluate", *overrides, *settings]) == 0
+    evaluated = [json.loads(line) for line in (tmp_path / "evaluated/samples.jsonl").read_text().splitlines()]
+    best = [max(rows[i : i + 3], key=lambda row: row["score"]) for i in range(0, len(rows), 3)]
+    assert responses(evaluated) == responses(best)
+    assert len({row["sample"] for row in best}) > 1
+
+
 def test_chunks_do_not_change_the_responses(command, prompts, capsys, monkeypatch):
     arguments = [*LIVELY, "--samples", "2"]
     whole = command(prompts, *arguments)
@@ -92,7 +107,8 @@ def test_chunks_do_not_change_the_responses(command, prompts, capsys, monkeypatc
     in_chunks = command(prompts, *arguments, "sampling.batch_size=3")
     assert capsys.readouterr().err.count("tokens/s\n") == 3
     for row, other in zip(whole, in_chunks, strict=True):
-        assert row.pop("mean_logprob") == pytest.approx(other.pop("mean_logprob"), abs=1e-5)
+        for number in ("mean_logprob", "score"):
+            assert row.pop(number) == pytest.approx(other.pop(number), abs=1e-5)
         assert row == other
 
 
