@@ -19,6 +19,9 @@ from ppomax.engine.models.roles import Role
 from ppomax.engine.rollout.paged_cache import PagedStep
 from ppomax.kernels.decoding import decoding_ops
 
+ROW_GAP = 32
+"""Numbers between the rows of a transposed matrix on a CPU: rows at a distance of a power of two share cache lines."""
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -143,7 +146,13 @@ def _layer(layer: Any) -> _Layer:
 
 def _matrix(weight: Tensor) -> Tensor:
     """A weight [outputs, inputs] as [inputs, outputs]."""
-    return weight.detach().T if weight.is_cuda else weight.detach().T.contiguous()
+    transposed = weight.detach().T
+    if weight.is_cuda:
+        return transposed
+    if weight.dtype != torch.float32:
+        return transposed.contiguous()  # products in 16 bits may read what lies between rows
+    inputs, outputs = transposed.shape
+    return transposed.new_empty(inputs, outputs + ROW_GAP)[:, :outputs].copy_(transposed)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
