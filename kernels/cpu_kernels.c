@@ -417,3 +417,67 @@ void filter_scores(float *scores, int64_t *space, int64_t rows, int64_t columns,
     }
   }
 }
+
+#define WIDE 32 // columns of a panel
+#define TALL 12 // rows that share a panel's numbers in registers
+
+// Some rows of y (+)= x panel, for a panel [size, WIDE]; `next` of the `more` numbers behind it that are wanted soon.
+INLINE void multiply(const float *x, const float *panel, float *y, int64_t size, int64_t stride, int64_t columns,
+                     int64_t adds, const float *next, int64_t step, const int rows) {
+  vec sum[TALL][WIDE / LANES]; // in registers: hence the unrolled loops
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 12
+    for (int c = 0; c < WIDE / LANES; c++) sum[r][c] = (vec){0};
+  for (int64_t k = 0; k < size; k++) {
+    for (int64_t i = 0; i < step; i += LANES) __builtin_prefetch(next + k * step + i, 0, 2);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 12
+      for (int c = 0; c < WIDE / LANES; c++) sum[r][c] += x[r * size + k] * LOAD(panel + k * WIDE + c * LANES);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; r++) {
+    float out[WIDE];
+    for (int c = 0; c < WIDE / LANES; c++) *(vec *)(out + c * LANES) = sum[r][c];
+    float *to = y + r * stride;
+    if (adds)
+      for (int64_t c = 0; c < columns; c++) to[c] += out[c];
+    else
+      for (int64_t c = 0; c < columns; c++) to[c] = out[c];
+  }
+}
+
+// y [rows, columns] (+)= x [rows, size] w, where w is kept as panels [ceil(columns / WIDE)][size][WIDE]: they are read
+// once and in order, and while one is used the next comes from memory. Each row has the same bits in any batch.
+void product(const float *x, const float *panels, float *y, int64_t rows, int64_t size, int64_t columns, int64_t adds,
+             int threads) {
+  if (rows == 0) return;
+  const int64_t tiles = (rows + TALL - 1) / TALL, num = (columns + WIDE - 1) / WIDE;
+  // Each tile of rows fetches its part of the next panel, a multiple of LANES numbers for each k.
+  const int64_t step = (WIDE / tiles + LANES - 1) / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t p = 0; p < num; p++) {
+    const float *panel = panels + p * size * WIDE, *behind = p + 1 < num ? panel + size * WIDE : panel;
+    const int64_t wide = columns - p * WIDE < WIDE ? columns - p * WIDE : WIDE;
+    for (int64_t t = 0; t < tiles; t++) {
+      const float *from = x + t * TALL * size, *next = behind + t * step * size % (size * WIDE);
+      float *to = y + t * TALL * columns + p * WIDE;
+#define MULTIPLY(R) multiply(from, panel, to, size, columns, wide, adds, next, t * step < WIDE ? step : 0, R)
+      switch (rows - t * TALL) {
+      case 1: MULTIPLY(1); break;
+      case 2: MULTIPLY(2); break;
+      case 3: MULTIPLY(3); break;
+      case 4: MULTIPLY(4); break;
+      case 5: MULTIPLY(5); break;
+      case 6: MULTIPLY(6); break;
+      case 7: MULTIPLY(7); break;
+      case 8: MULTIPLY(8); break;
+      case 9: MULTIPLY(9); break;
+      case 10: MULTIPLY(10); break;
+      case 11: MULTIPLY(11); break;
+      default: MULTIPLY(TALL);
+      }
+    }
+  }
+}

@@ -5,17 +5,24 @@ compiler is found (native.py), else the torch references.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ppomax.kernels import decoding_c
 from ppomax.kernels.dispatch import implementation, use_c
 from ppomax.kernels.paged_attention import paged_attention, store_pages
 
+Matrix = Any
+"""A weight as `DecodingOps.matrix` keeps it: for the torch products a view of it, [inputs, outputs]."""
+
 
 class DecodingOps(NamedTuple):
-    """rms_norm(x [N, H], weight [H], eps) -> [N, H]; swiglu(gate_up [N, 2F]) -> [N, F]: as the operations of these
+    """matrix(weight [outputs, inputs]) -> Matrix; product(x [N, inputs], matrix) -> x weight^T, [N, outputs];
+    add_product(y, x, matrix) adds that to y, in place, and returns y (in 16 bits rounded before, as in training).
+
+    rms_norm(x [N, H], weight [H], eps) -> [N, H]; swiglu(gate_up [N, 2F]) -> [N, F]: as the operations of these
     names, for rows whose entries are neighbours.
 
     rope_store(mixed [N, groups, heads_per_group + 2, d], cos, sin [N, d / 2], key_pages, value_pages, slots [N] int32)
@@ -24,6 +31,9 @@ class DecodingOps(NamedTuple):
     paged_attention: as the operation of this name, without `scale`.
     """
 
+    matrix: Callable[[Tensor], Matrix]
+    product: Callable[[Tensor, Matrix], Tensor]
+    add_product: Callable[[Tensor, Tensor, Matrix], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     rope_store: Callable[..., Tensor]
@@ -35,7 +45,15 @@ def decoding_ops(weight: Tensor, *, head_dim: int, heads_per_group: int) -> Deco
     if use_c(weight):
         fits = head_dim % decoding_c.LANES == 0 and heads_per_group <= decoding_c.MAX_HEADS_PER_GROUP
         attention = decoding_c.paged_attention if fits else paged_attention
-        return DecodingOps(decoding_c.rms_norm, decoding_c.swiglu, decoding_c.rope_store, attention)
+        return DecodingOps(
+            decoding_c.Panels,
+            decoding_c.product,
+            decoding_c.add_product,
+            decoding_c.rms_norm,
+            decoding_c.swiglu,
+            decoding_c.rope_store,
+            attention,
+        )
     norm, gate, rotation = (implementation(op, weight) for op in ("rms_norm", "swiglu", "rope"))
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,4 +67,8 @@ def decoding_ops(weight: Tensor, *, head_dim: int, heads_per_group: int) -> Deco
         store_pages(key, value.squeeze(2), key_pages, value_pages, slots)
         return rotation.rotate(query.reshape(len(mixed), -1, mixed.shape[3]), cos, sin, inverse=False)
 
-    return DecodingOps(rms_norm, gate.forward, rope_store, paged_attention)
+    return DecodingOps(torch.t, torch.matmul, _add_product, rms_norm, gate.forward, rope_store, paged_attention)
+
+
+def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return y.addmm_(x, weight) if y.dtype == torch.float32 else y.add_(x @ weight)

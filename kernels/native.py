@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-std=c11")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_SECONDS = 120
 
@@ -31,6 +38,7 @@ SIGNATURES = {
     "paged_attention": "pppppppiiiiiiiiif",
     "sample": "pppppiiiii",
     "filter_scores": "ppiiiii",
+    "product": "pppiiii",
 }
 """Arguments of each function but the last, the number of threads: p pointer, i int64, f float."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

@@ -37,6 +37,31 @@ def test_rms_norm(size: int) -> None:
     torch.testing.assert_close(ops_for(16).rms_norm(x, weight, 1e-5).double(), exact, atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(0, 8, 40), (1, 1, 1), (5, 40, 31), (12, 64, 96), (13, 384, 33), (96, 65, 200), (150, 30, 70)],
+)
+def test_products(rows: int, inputs: int, outputs: int) -> None:
+    ops = ops_for(16)
+    x, weight, y = normal(rows, inputs), normal(outputs, inputs, seed=1), normal(rows, outputs, seed=2)
+    matrix = ops.matrix(weight)
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(ops.product(x, matrix).double(), exact, atol=1e-6 * inputs, rtol=0)
+    before = y.clone()
+    assert ops.add_product(y, x, matrix) is y
+    torch.testing.assert_close(y.double(), before + exact, atol=1e-6 * inputs, rtol=0)
+
+
+@pytest.mark.one_version
+def test_a_row_of_a_c_product_has_the_same_bits_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPOMAX_KERNELS", "cpu")
+    ops, x, weight = ops_for(16), normal(30, 77), normal(90, 77, seed=1)
+    matrix = ops.matrix(weight)
+    whole = ops.product(x, matrix)
+    for start, stop in ((0, 1), (3, 17), (29, 30)):
+        assert torch.equal(ops.product(x[start:stop], matrix), whole[start:stop])
+
+
 def test_swiglu_for_gates_of_any_size() -> None:
     gates = torch.tensor([-1e30, -100.0, -88.0, -20.0, -1.0, 0.0, 1e-3, 1.0, 20.0, 88.0, 100.0, 1e30])
     gate_up = torch.cat([gates, normal(len(gates))]).repeat(3, 1)
