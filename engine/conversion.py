@@ -15,7 +15,7 @@ from torch import Tensor
 from ppomax.engine.checkpoint_state import STATE_FILE, read_state, shape_of_role
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
 from ppomax.engine.errors import CheckpointError, ConfigError
-from ppomax.engine.models.atomic_folder import AtomicFolder, is_empty_folder
+from ppomax.engine.models.atomic_folder import NOTHING, AtomicFolder
 from ppomax.engine.models.checkpoint_writer import COMMON_FILE, CheckpointWriter
 from ppomax.engine.models.distributed_checkpoint import has_layers, weight_of
 from ppomax.engine.models.hf_names import PADDING, Recipe, recipe_of, row_ranges
@@ -84,7 +84,9 @@ def megatron_to_hf(
     dtypes = dict.fromkeys(model.names, dtype) if dtype else {name: model.weights.dtypes[name] for name in model.names}
     tensors = ((name, model.weights.read(model.names[name])) for name in tensor_order(model.shape))
     source_folder = None if model.step else model.folder
-    write_hf(target, model.shape, dtypes, tensors, tokenizer=loaded, source=source_folder, max_file_bytes=max_file_bytes)
+    write_hf(
+        target, model.shape, dtypes, tensors, tokenizer=loaded, source=source_folder, max_file_bytes=max_file_bytes
+    )
     return model
 
 
@@ -96,6 +98,9 @@ def reshard(source: str, target: str, *, split: Split) -> None:
     """
     step = Path(source)
     roles = {role: shape_of_role(step, role) for role in read_state(step)["roles"]}
+    missing = [step / role / COMMON_FILE for role in roles if not (step / role / COMMON_FILE).is_file()]
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing; take another checkpoint, or copy it again")
     with _filled(target) as partial:
         for role, shape in roles.items():
             split.check(shape)
@@ -121,7 +126,7 @@ def write_hf(
 
     tokenizer, source: see `write_side_files`.
     """
-    writer = FolderWriter(target, shape, dtypes, max_file_bytes, is_empty_folder)
+    writer = FolderWriter(target, shape, dtypes, max_file_bytes, NOTHING)
     try:
         with _faults_of_writing(target):
             writer.begin()
@@ -139,16 +144,17 @@ def run_tokenizer(step: Path) -> Tokenizer | None:
     with contextlib.suppress(OSError, ValueError):
         model = tomllib.loads((run / "config.toml").read_text())["model"]
         places += [Path(model[key]) for key in ("tokenizer", "policy") if model.get(key)]
-    found = next((place for place in places if _has_tokenizer(place)), None)
+    found = next((place for place in places if has_tokenizer(place)), None)
     return _load_tokenizer(found) if found else None
 
 
-def _has_tokenizer(place: Path) -> bool:
+def has_tokenizer(place: Path) -> bool:
+    """Whether a tokenizer can be loaded from a file or folder."""
     return place.is_file() or any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _own_tokenizer(folder: Path) -> Tokenizer | None:
-    return _load_tokenizer(folder) if _has_tokenizer(folder) else None
+    return _load_tokenizer(folder) if has_tokenizer(folder) else None
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
@@ -252,7 +258,7 @@ def _add_chunk(
 @contextlib.contextmanager
 def _filled(target: str) -> Iterator[Path]:
     """A folder that takes the target's name when the body is done, and is removed when it fails."""
-    folder = AtomicFolder(target, is_empty_folder)
+    folder = AtomicFolder(target, NOTHING)
     try:
         with _faults_of_writing(target):
             folder.begin()

@@ -3,9 +3,18 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ppomax.engine.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Replaceable:
+    """Which targets may be replaced. expected: what such a target is, for messages."""
+
+    test: Callable[[Path], bool]
+    expected: str
 
 
 class AtomicFolder:
@@ -14,17 +23,16 @@ class AtomicFolder:
     Call `begin`, write into `partial`, `commit`, and at the end, always, `discard`.
     """
 
-    def __init__(self, target: str | Path, is_replaceable: Callable[[Path], bool]) -> None:
-        """is_replaceable: whether a target that exists may be replaced."""
+    def __init__(self, target: str | Path, replaceable: Replaceable) -> None:
         self.target = Path(target).absolute()
         self.partial = self.target.with_name(f"{self.target.name}.tmp-{os.getpid()}")
-        self._is_replaceable = is_replaceable
+        self._replaceable = replaceable
 
     def begin(self) -> None:
         """Makes the partial folder; raises CheckpointError if the target may not be replaced."""
-        if self.target.exists() and not self._is_replaceable(self.target):
+        if self.target.exists() and not self._replaceable.test(self.target):
             raise CheckpointError(
-                f"{self.target} exists and is not the work of an earlier export; move it away or choose another folder"
+                f"{self.target} exists and is not {self._replaceable.expected}; move it away or choose another folder"
             )
         self.partial.mkdir(parents=True)
 
@@ -52,9 +60,12 @@ class AtomicFolder:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def is_empty_folder(path: Path) -> bool:
-    """The rule for folders that people name: nothing of theirs is ever replaced."""
+def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+NOTHING = Replaceable(_is_empty_folder, "an empty folder")
+"""The rule of commands to which people name a folder: no file of theirs is ever replaced."""
 
 
 def _sync(path: Path) -> None:

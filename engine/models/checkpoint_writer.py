@@ -1,4 +1,4 @@
-"""Writes a distributed checkpoint of Megatron (a torch_dist folder) chunk by chunk, in one process, without Megatron."""
+"""Writes a distributed checkpoint of Megatron (a torch_dist folder) chunk by chunk, without Megatron."""
 
 import json
 import pickle
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -35,15 +36,17 @@ class CheckpointWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, BinaryIO] = {}
-        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
     def add(self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], chunk: Tensor, *, rank: int) -> None:
         """Writes the chunk of a tensor of this whole size that begins at offsets. rank: whose file it goes to."""
-        stored = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=chunk.dtype), torch.Size(size), [])
-        )
-        stored.chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.size()))
+        if key not in self._chunks:
+            self._chunks[key] = []
+            properties = TensorProperties(dtype=chunk.dtype)
+            self._tensors[key] = TensorStorageMetadata(properties, torch.Size(size), self._chunks[key])
+        self._chunks[key].append(ChunkStorageMetadata(torch.Size(offsets), chunk.size()))
         name = f"__{rank}_0.distcp"
         if name not in self._files:
             self._files[name] = (self._folder / name).open("xb")

@@ -18,7 +18,7 @@ from ppomax.engine.models.hf_export import export_weights, global_name
 from ppomax.engine.models.hf_match import match_names
 from ppomax.engine.models.hf_names import PADDING, SCALAR_HEAD, Recipe, local_columns, local_rows, recipe_of
 from ppomax.engine.models.hf_reader import WeightReader, fresh_scalar_head
-from ppomax.engine.models.hf_writer import MAX_FILE_BYTES, FolderWriter, is_export, tensor_order
+from ppomax.engine.models.hf_writer import EARLIER_EXPORT, MAX_FILE_BYTES, FolderWriter, tensor_order
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import PackedModel
 from ppomax.engine.parallel.collectives import raise_on_all
@@ -99,7 +99,7 @@ def save_hf(
     writer = None
     if dist.get_rank() == 0:
         dtypes = dict.fromkeys(tensor_order(shape), dtype)
-        writer = FolderWriter(folder, shape, dtypes, max_file_bytes, is_export)
+        writer = FolderWriter(folder, shape, dtypes, max_file_bytes, EARLIER_EXPORT)
     try:
         with raise_on_all(CheckpointError, fault):
             if writer:

@@ -4,14 +4,14 @@ Runs on one rank, and knows nothing of the others; `hf_checkpoint.save_hf` bring
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ppomax.engine.data.tokenizer import Tokenizer
-from ppomax.engine.models.atomic_folder import AtomicFolder
+from ppomax.engine.models.atomic_folder import AtomicFolder, Replaceable
 from ppomax.engine.models.hf_names import EMBEDDING, parameter_names, recipe_of, weight_sizes
 from ppomax.engine.models.hf_reader import INDEX_FILE, SINGLE_FILE
 from ppomax.engine.models.safetensors_file import SafetensorsWriter
@@ -34,10 +34,10 @@ class FolderWriter:
         shape: ModelShape,
         dtypes: Mapping[str, torch.dtype],
         max_file_bytes: int,
-        is_replaceable: Callable[[Path], bool],
+        replaceable: Replaceable,
     ) -> None:
-        """dtypes: of every tensor. is_replaceable: whether a target that exists may be replaced, say `is_export`."""
-        self._folder = AtomicFolder(folder, is_replaceable)
+        """dtypes: of every tensor. replaceable: which targets that exist may be replaced, say `EARLIER_EXPORT`."""
+        self._folder = AtomicFolder(folder, replaceable)
         self._shape, self._dtypes = shape, dtypes
         self._sizes = weight_sizes(shape)
         self._files = plan_files(tensor_order(shape), self._sizes, dtypes, max_file_bytes)
@@ -110,7 +110,7 @@ def plan_files(
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, start=1)}
 
 
-def is_export(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     """An empty folder, or one that an earlier export wrote."""
     if not folder.is_dir():
         return False
@@ -121,3 +121,7 @@ def is_export(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.items() >= EXPORT_MARK.items() and any(folder.glob("*.safetensors"))
+
+
+EARLIER_EXPORT = Replaceable(_is_export, "the work of an earlier export")
+"""The rule of training runs, which export again when they are started again."""

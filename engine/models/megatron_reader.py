@@ -75,19 +75,17 @@ class MegatronReader:
             what = f"lacks {some(missing)}" if missing else f"has {some(extra)}, for which there is no place"
             raise CheckpointError(f"{folder} is not the checkpoint of a {shape.family} model of this shape: it {what}")
         for parameter, recipe in self._recipes.items():
-            key, layer = self._key(parameter)
+            key = self._key(parameter)[0]
             size = tensors[key].size
             rows = sum(piece.rows for piece in recipe.pieces)
-            found = size[1:] if has_layers(key) else size
-            wanted_size = (rows, *self.sizes[recipe.sources[0]][1:])
-            if is_vocabulary(parameter, shape) and 0 <= found[0] - rows < shape.num_heads:
-                found = (rows, *found[1:])  # padded to a multiple of tp, which divides the heads
-            if found != wanted_size or (has_layers(key) and size[0] != shape.num_layers):
+            layers = (shape.num_layers,) if has_layers(key) else ()
+            expected = (*layers, rows, *self.sizes[recipe.sources[0]][1:])
+            # The vocabulary may be padded to a multiple of tp, which divides the heads.
+            padding = size[0] - rows if is_vocabulary(parameter, shape) else 0
+            found = (rows, *size[1:]) if 0 < padding < shape.num_heads else size
+            if found != expected:
                 raise CheckpointError(
-                    f"{folder}: {key} has shape {list(size)}, not {list(wanted_size)} for each of "
-                    f"{shape.num_layers} layers; its weights and its description belong to different models"
-                    if has_layers(key)
-                    else f"{folder}: {key} has shape {list(size)}, not {list(wanted_size)}; "
+                    f"{folder}: {key} has shape {list(size)}, not {list(expected)}; "
                     "its weights and its description belong to different models"
                 )
 

@@ -1,4 +1,4 @@
-"""Reads the pickles of distributed checkpoints as plain records: no class of theirs is imported, no code of theirs runs.
+"""Reads the pickles of distributed checkpoints as plain records: no class of theirs is imported, none of it runs.
 
 A pickle names what it wants to call. Here every name is looked up in a short list, and what stands there is a record
 that keeps its arguments; any other name ends the reading.

@@ -129,7 +129,8 @@ def read_into(file: FileIO, target: Tensor, offset: int) -> None:
 
 def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 class SafetensorsWriter:

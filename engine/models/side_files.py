@@ -31,10 +31,9 @@ def write_side_files(
     if tokenizer is not None:
         ids |= {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         tokenizer.save(folder)
-    copied = [GENERATION_FILE] if tokenizer else [GENERATION_FILE, *SAVED_FILES]
-    for name in copied if source else []:
-        if (Path(source or "") / name).is_file():
-            shutil.copyfile(Path(source or "") / name, folder / name)
+    for name in [GENERATION_FILE] if tokenizer else [GENERATION_FILE, *SAVED_FILES]:
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
     if not shape.scalar and not (folder / GENERATION_FILE).exists():
         write_json(folder / GENERATION_FILE, {f"{role}_token_id": ids.get(role) for role in ("bos", "eos", "pad")})
     name = str(dtype).removeprefix("torch.")

@@ -50,7 +50,9 @@ def open_model(path: str | Path, role: str | None = None) -> StoredModel:
         if (folder.parent / STATE_FILE).is_file():
             raise CheckpointError(f"{folder / METADATA_FILE} is missing; take another checkpoint, or copy it again")
         shape, weights = read_shape(str(folder)), SafetensorsReader(str(folder))
-        return StoredModel(folder, shape, weights, match_names(shape, weights, str(folder), has_scalar_head=shape.scalar))
+        return StoredModel(
+            folder, shape, weights, match_names(shape, weights, str(folder), has_scalar_head=shape.scalar)
+        )
     step = folder.parent if (folder.parent / STATE_FILE).is_file() and not (folder / "config.json").exists() else None
     shape = shape_of_role(step, folder.name) if step else read_shape(str(folder))
     return _open_megatron(folder, shape, step)
@@ -68,7 +70,7 @@ def _role(step: Path, role: str | None) -> str:
     roles = sorted(read_state(step)["roles"])
     if role is None and len(roles) == 1:
         return roles[0]
-    if role not in roles:
+    if role is None or role not in roles:
         fault = f"holds no {role}" if role else "holds several models"
         raise CheckpointError(f"checkpoint {step} {fault}; choose with --role: {', '.join(roles)}")
     return role
