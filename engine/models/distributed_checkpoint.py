@@ -6,6 +6,7 @@ first dimension. Nothing is believed: chunks must tile their tensors and not sha
 the checksum that torch stored with them.
 """
 
+import json
 import os
 import struct
 import zipfile
@@ -72,6 +73,7 @@ class DistributedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        _check_backend(folder / "metadata.json")
         metadata = read_metadata_pickle(folder / METADATA_FILE)
         try:
             self.tensors = _tensors(metadata)
@@ -158,6 +160,18 @@ class DistributedCheckpoint:
                     f"to {chunk.stop}: it is cut short, or {METADATA_FILE} is damaged; copy it again"
                 )
             end[chunk.file] = chunk.stop
+
+
+def _check_backend(path: Path) -> None:
+    """Megatron writes this file last."""
+    try:
+        backend = json.loads(path.read_text())["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): the checkpoint is not complete; take another one, or copy it again"
+        ) from error
+    if backend != "torch_dist":
+        raise CheckpointError(f"{path}: sharded_backend is {backend!r}, expected 'torch_dist'; save it in that format")
 
 
 def _tensors(metadata: Record) -> dict[str, StoredTensor]:

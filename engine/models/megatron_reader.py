@@ -65,12 +65,13 @@ class MegatronReader:
 
     def _check(self) -> None:
         folder, shape, tensors = self.checkpoint.folder, self.shape, self.checkpoint.tensors
-        other_heads = {"output_layer.weight", SCALAR_HEAD_BESIDE}
+        # Of a model with two heads the other one is left where it is.
+        other_head = "output_layer.weight" if shape.scalar else SCALAR_HEAD_BESIDE
         wanted = {self._key(parameter)[0] for parameter in self._recipes}
         if shape.scalar and tensors.get(self._key("output_layer.weight")[0]) is None:
             raise CheckpointError(f"{folder} has no scalar head: it is not a reward model or critic")
         missing = sorted(wanted - tensors.keys())
-        extra = [key for key in tensors if key not in wanted | other_heads and not key.startswith(OPTIMIZER)]
+        extra = [key for key in tensors if key not in wanted | {other_head} and not key.startswith(OPTIMIZER)]
         if missing or extra:
             what = f"lacks {some(missing)}" if missing else f"has {some(extra)}, for which there is no place"
             raise CheckpointError(f"{folder} is not the checkpoint of a {shape.family} model of this shape: it {what}")
