@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, MetadataIndex
 
 from ppomax.engine.conversion import hf_to_megatron, megatron_to_hf
 from ppomax.engine.errors import CheckpointError
@@ -185,7 +185,15 @@ def move_chunk(metadata: Any) -> None:
 
 
 def drop_chunk(metadata: Any) -> None:
-    metadata.state_dict_metadata[NORM].chunks.pop()
+    chunk = metadata.state_dict_metadata[NORM].chunks.pop()
+    del metadata.storage_data[MetadataIndex(NORM, chunk.offsets)]
+
+
+def overlap_chunks(metadata: Any) -> None:
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    chunk = next(chunk for chunk in metadata.state_dict_metadata[key].chunks if chunk.offsets == (0, 6, 0))
+    metadata.storage_data[MetadataIndex(key, (0, 5, 0))] = metadata.storage_data.pop(MetadataIndex(key, chunk.offsets))
+    chunk.offsets = torch.Size((0, 5, 0))
 
 
 def repeat_chunk(metadata: Any) -> None:
@@ -245,7 +253,8 @@ def have_no_places(metadata: Any) -> None:
 
 CHANGES: dict[Callable[[Any], None], str] = {
     move_chunk: "is damaged",
-    drop_chunk: "is damaged",
+    drop_chunk: f"the chunks of {NORM} do not cover it",
+    overlap_chunks: r"overlap at \[0, 5, 0\]",
     repeat_chunk: "is damaged",
     grow_chunk: "is damaged .*outside of its shape",
     share_bytes: "cannot hold a chunk of its own",
