@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
                 role=arguments.role,
                 dtype=dtype,
                 tokenizer=arguments.tokenizer,
-                max_file_bytes=int(arguments.max_file_gb * 10**9),
+                max_file_bytes=_max_file_bytes(arguments.max_file_gb),
             )
             print(_done(model, arguments))
         case "reshard":
@@ -66,8 +66,16 @@ def _split(arguments: argparse.Namespace) -> Split:
     return Split(**sizes)
 
 
+def _max_file_bytes(gigabytes: float) -> int:
+    if not 0 < gigabytes < float("inf"):
+        raise ConfigError(f"--max-file-gb {gigabytes:g}: expected a number of gigabytes above 0")
+    return int(gigabytes * 10**9)
+
+
 def _verify(a: str, b: str, role: str | None, tolerance: float) -> None:
     """Prints a line per layer; raises CheckpointError where the models differ by more than the tolerance."""
+    if not tolerance >= 0:
+        raise ConfigError(f"--tolerance {tolerance:g}: expected 0 or more")
     has_roles = [(Path(path) / STATE_FILE).is_file() for path in (a, b)]
     if role is not None and not any(has_roles):
         raise ConfigError(f"--role {role}: neither {a} nor {b} is a training checkpoint")

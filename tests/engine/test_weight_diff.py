@@ -70,7 +70,7 @@ def test_raw_and_diff_give_back_the_tuned_model(
 
 
 def test_a_diff_as_it_was_released_is_recovered(tmp_path: Path) -> None:
-    """A reward model: differences of layers alone, reward_head.weight, an lm_head that nobody uses, inv_freq buffers."""
+    """A reward model: differences of layers alone, reward_head.weight, an unused lm_head, inv_freq buffers."""
     raw = save(tmp_path / "raw", LLAMA, torch.float32, 1)
     tuned = save(tmp_path / "diff", GROWN, torch.float32, 2)
     head = torch.randn(1, 32)
@@ -108,6 +108,6 @@ def test_the_type_of_the_result_can_be_chosen(tmp_path: Path) -> None:
 def test_a_diff_of_another_model_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "raw", transformers.LlamaConfig(**SMALL | {"intermediate_size": 64}), torch.float32, 1)
     save(tmp_path / "diff", LLAMA, torch.float32, 2)
-    with pytest.raises(CheckpointError, match="is not the model that .* was made from: ffn_hidden_size is 64 and 48"):
+    with pytest.raises(CheckpointError, match=r"is not the model that .* was made from: ffn_hidden_size is 64 and 48"):
         merge_diff(str(tmp_path / "raw"), str(tmp_path / "diff"), str(tmp_path / "back"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diff", "raw"]
