@@ -11,7 +11,7 @@ from ppomax.engine.models.hf_names import EMBEDDING
 from ppomax.engine.models.hf_writer import tensor_order
 from ppomax.engine.models.stored_model import StoredModel
 
-STEP_BYTES = 32 * 2**20
+STEP_BYTES = 4 * 2**20
 """How much of a tensor is compared at a time."""
 
 

@@ -34,7 +34,7 @@ from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.side_files import write_side_files
 from ppomax.engine.models.stored_model import StoredModel, open_model
 
-STEP_BYTES = 64 * 2**20
+STEP_BYTES = 16 * 2**20
 """How much of a tensor is read at a time on its way into a chunk."""
 
 

@@ -20,7 +20,7 @@ from ppomax.engine.models.stored_model import StoredModel, open_model
 BODY = ("family", "num_layers", "hidden_size", "num_heads", "num_query_groups", "head_dim", "ffn_hidden_size")
 """What raw and tuned model must agree in."""
 
-STEP_BYTES = 32 * 2**20
+STEP_BYTES = 4 * 2**20
 """How much of a tensor is added at a time."""
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +18,29 @@ from ppomax.engine.models.hf_names import weight_sizes
 from ppomax.engine.models.shape import ModelShape
 
 MIB = 2**20
+CODE_MIB = 64  # what Python and torch still import and set aside once they start
 WORKER = Path(__file__).with_name("conversion_memory_worker.py")
-# Largest tensor: the embedding, 64 MiB of bf16; 0.6 GiB in all. A stack of linear_fc1 has 256 MiB.
+# Largest tensor: the embedding, 16 MiB of bf16; 350 MiB in all, 160 MiB of them the stack of linear_fc1.
 SHAPE = ModelShape(
-    vocab_size=32768,
-    hidden_size=1024,
-    num_layers=16,
+    vocab_size=16384,
+    hidden_size=512,
+    num_layers=40,
     num_heads=8,
     num_query_groups=8,
-    head_dim=128,
-    ffn_hidden_size=4096,
+    head_dim=64,
+    ffn_hidden_size=2048,
     max_position_embeddings=4096,
     rope_theta=10000.0,
     norm_eps=1e-6,
     tie_embeddings=False,
 )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A folder that does not outlive its test: it grows to gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 def write_sparse_folder(folder: Path, shape: ModelShape) -> tuple[int, int]:
@@ -62,26 +72,30 @@ def peaks(root: Path, tp: int) -> list[float]:
     return [float(line) for line in process.stdout.split()]
 
 
-def test_a_conversion_adds_less_than_three_times_the_largest_tensor(tmp_path: Path) -> None:
-    largest, total = write_sparse_folder(tmp_path / "hf", SHAPE)
-    before, *after = peaks(tmp_path, tp=1)
-    assert max(after) - before < 3 * largest / MIB < 0.4 * total / MIB
+def test_a_conversion_adds_less_than_three_times_the_largest_tensor(root: Path) -> None:
+    largest, _ = write_sparse_folder(root / "hf", SHAPE)
+    stack = SHAPE.num_layers * 2 * SHAPE.ffn_hidden_size * SHAPE.hidden_size * 2
+    before, *after = peaks(root, tp=1)
+    assert max(after) - before < 3 * largest / MIB + CODE_MIB < stack / MIB
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 4])
-def test_a_large_model_needs_three_times_its_largest_tensor_and_a_gigabyte(tmp_path: Path, tp: int) -> None:
+def test_a_large_model_needs_three_times_its_largest_tensor_and_a_gigabyte(root: Path, tp: int) -> None:
     """5.2 GB; the largest tensor has 128 MiB, a stack of linear_fc1 2.3 GiB."""
-    shape = replace(SHAPE, hidden_size=2048, ffn_hidden_size=8192, num_heads=16, num_query_groups=4, num_layers=36)
-    largest, total = write_sparse_folder(tmp_path / "hf", shape)
+    shape = replace(SHAPE, vocab_size=32768, hidden_size=2048, ffn_hidden_size=8192, num_layers=40)
+    shape = replace(shape, num_heads=16, num_query_groups=4, head_dim=128)
+    largest, total = write_sparse_folder(root / "hf", shape)
     assert total > 4e9
-    assert max(peaks(tmp_path, tp)) < 3 * largest / MIB + 1024
+    assert max(peaks(root, tp)) < 3 * largest / MIB + 1024
 
 
 @pytest.mark.slow
-def test_a_model_whose_projections_are_its_largest_tensors_needs_no_more(tmp_path: Path) -> None:
+def test_a_model_whose_projections_are_its_largest_tensors_needs_no_more(root: Path) -> None:
     """Query, key and value lie in one tensor of Megatron's: three times the largest."""
-    shape = replace(SHAPE, hidden_size=8192, ffn_hidden_size=1024, num_heads=64, num_query_groups=64, num_layers=2)
-    largest, _ = write_sparse_folder(tmp_path / "hf", replace(shape, vocab_size=64))
+    shape = replace(SHAPE, hidden_size=8192, ffn_hidden_size=1024, num_layers=2)
+    largest, _ = write_sparse_folder(
+        root / "hf", replace(shape, vocab_size=64, num_heads=64, num_query_groups=64, head_dim=128)
+    )
     assert largest == 2 * 8192 * 8192
-    assert max(peaks(tmp_path, tp=1)) < 3 * largest / MIB + 1024
+    assert max(peaks(root, tp=1)) < 3 * largest / MIB + 1024
