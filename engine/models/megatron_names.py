@@ -5,7 +5,6 @@ The names, sizes and order of rows of parameters are those of hf_names.py, which
 
 from dataclasses import dataclass
 
-from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.hf_names import Recipe, parameter_names, recipe_of
 from ppomax.engine.models.shape import ModelShape, check_split
 
@@ -18,7 +17,7 @@ FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Split:
-    """How many ranks a model is spread over; vpp: pieces of the layers that each pipeline stage holds."""
+    """How many ranks a model is spread over; vpp: model chunks per pipeline rank."""
 
     tp: int = 1
     pp: int = 1
@@ -26,15 +25,10 @@ class Split:
 
     def check(self, shape: ModelShape) -> None:
         """Raises ConfigError unless the model can be split so."""
-        check_split(shape, tp=self.tp, pp=self.pp)
-        if shape.num_layers % (self.pp * self.vpp):
-            raise ConfigError(
-                f"the model's {shape.num_layers} layers are not divisible by pp {self.pp} * vpp {self.vpp}; "
-                "choose sizes that divide them"
-            )
+        check_split(shape, tp=self.tp, pp=self.pp, vpp=self.vpp)
 
     def stage_of(self, parameter: str, num_layers: int) -> int:
-        """The pipeline stage that saves a parameter."""
+        """The pipeline rank that saves a parameter."""
         if parameter.startswith("decoder.layers."):
             return int(parameter.split(".")[2]) // (num_layers // (self.pp * self.vpp)) % self.pp
         return 0 if parameter.startswith("embedding.") else self.pp - 1

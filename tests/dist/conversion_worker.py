@@ -11,22 +11,25 @@ from torch import Tensor
 from ppomax.engine.config import ModelConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
 from ppomax.engine.models.hf_config import read_shape
-from ppomax.engine.models.transformer import PackedModel, build_model
+from ppomax.engine.models.transformer import PackedModel, build_chunks
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.parallel.pipeline import run_forward
 
 
-def outputs_under(folders: Sequence[Path], splits: Sequence[tuple[int, int]], lengths: Sequence[int]) -> list[Tensor]:
-    """Logits or values [sum of lengths, width] of every folder under every (tp, pp), folders outermost.
+def outputs_under(folders: Sequence[Path], splits: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> list[Tensor]:
+    """Logits or values [sum of lengths, width] of every folder under every (tp, pp, vpp), folders outermost.
 
     lengths: of the sequences in `sequences`; they run together in packs of ragged sequences.
     """
     start(120)
     ranks = dist.get_world_size()
-    groups = make_groups({f"{tp} {pp}": ParallelLayout(tp=tp, pp=pp, dp=ranks // (tp * pp)) for tp, pp in splits})
-    found = [forward(load(folder, groups[f"{tp} {pp}"]), groups[f"{tp} {pp}"], lengths) for folder in folders for tp, pp in splits]
+    layouts = {str(split): split for split in splits}
+    groups = make_groups(
+        {name: ParallelLayout(tp=tp, pp=pp, dp=ranks // (tp * pp), vpp=vpp) for name, (tp, pp, vpp) in layouts.items()}
+    )
+    found = [forward(load(folder, groups[name]), groups[name], lengths) for folder in folders for name in layouts]
     stop()
     return found
 
@@ -36,23 +39,28 @@ def sequences(lengths: Sequence[int], vocab_size: int) -> list[Tensor]:
     return [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
 
 
-def load(folder: Path, groups: RoleGroups) -> PackedModel:
-    model = build_model(ModelConfig(), read_shape(str(folder)), groups, sequence_parallel=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
+def load(folder: Path, groups: RoleGroups) -> list[PackedModel]:
+    chunks = build_chunks(ModelConfig(), read_shape(str(folder)), groups, sequence_parallel=False)
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.megatron.dp_cp}
-    wanted = model.sharded_state_dict(metadata=metadata)
-    wanted = {name: value for name, value in wanted.items() if not name.endswith("._extra_state")}
-    model.load_state_dict(dist_checkpointing.load({"model": wanted}, str(folder))["model"])
-    return model
+    wanted = {}
+    for number, chunk in enumerate(chunks):
+        with torch.no_grad():
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+        state = chunk.sharded_state_dict(metadata=metadata)
+        wanted[str(number)] = {name: value for name, value in state.items() if not name.endswith("._extra_state")}
+    loaded = dist_checkpointing.load({"model": wanted}, str(folder))["model"]
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[str(number)])
+    return chunks
 
 
-def forward(model: PackedModel, groups: RoleGroups, lengths: Sequence[int]) -> Tensor:
-    vocab_size, tp = model.shape.vocab_size, groups.megatron.tp
+def forward(chunks: list[PackedModel], groups: RoleGroups, lengths: Sequence[int]) -> Tensor:
+    model, tp = chunks[-1], groups.megatron.tp
+    vocab_size = model.shape.vocab_size
     rows = [torch.arange(length) for length in lengths]
     index = list(torch.arange(sum(lengths)).split(list(lengths)))
-    mine = balance(lengths, groups.layout.dp, 40)[groups.dp_rank]
+    mine = balance(lengths, groups.layout.dp, 40, multiple_of=groups.layout.pp)[groups.dp_rank]
     packs = make_packs(sequences(lengths, vocab_size), Rows(rows, rows, index), mine, equal_lengths=True)
 
     def outputs(hidden: Tensor, pack: Pack) -> Tensor:
@@ -64,4 +72,4 @@ def forward(model: PackedModel, groups: RoleGroups, lengths: Sequence[int]) -> T
         return torch.cat(parts, dim=1)[:, :vocab_size]
 
     width = 1 if model.shape.scalar else vocab_size
-    return run_forward(model, groups, packs, outputs, sum(lengths), width=width).reshape(sum(lengths), width)
+    return run_forward(chunks, groups, packs, outputs, sum(lengths), width=width).reshape(sum(lengths), width)

@@ -58,8 +58,9 @@ CASES: dict[str, transformers.PretrainedConfig] = {
 }
 QUICK = ["llama-tied-llama3-rope", "qwen2", "qwen3-head-dim-32-scalar"]
 EVERY = [f"{name}{head}" for name in CASES for head in ("", "-scalar")]
-FOUR_RANKS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
-MANY_RANKS = [(4, 2), (2, 4)], [(4, 4)]
+# tp, pp, vpp
+FOUR_RANKS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2), (2, 2, 2)]
+MANY_RANKS = [(4, 2, 1), (2, 4, 1), (4, 2, 2)], [(4, 4, 1)]
 LENGTHS = (7, 1, 40, 12, 20)  # 40 is beyond the 16 positions that LLAMA3_ROPE scales from
 TOLERANCE = 2e-5
 
@@ -107,13 +108,13 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return convert
 
 
-def check(run: OnRanks, num_ranks: int, cases: list[tuple[Path, Tensor]], splits: list[tuple[int, int]]) -> None:
+def check(run: OnRanks, num_ranks: int, cases: list[tuple[Path, Tensor]], splits: list[tuple[int, int, int]]) -> None:
     folders = [folder for folder, _ in cases]
     found = run(num_ranks, worker.outputs_under, folders, splits, LENGTHS, timeout=400)[0]
     wanted = [(folder.name, split, expected) for folder, expected in cases for split in splits]
     for outputs, (name, split, expected) in zip(found, wanted, strict=True):
         worst = (outputs - expected).abs().max().item()
-        assert worst < TOLERANCE, f"{name} at tp, pp {split}: differs by {worst} from transformers"
+        assert worst < TOLERANCE, f"{name} at tp, pp, vpp {split}: differs by {worst} from transformers"
 
 
 def test_the_engine_computes_what_transformers_does_from_a_converted_checkpoint(
@@ -142,7 +143,7 @@ def on_many_ranks() -> Iterator[OnRanks]:
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", MANY_RANKS, ids=["8 ranks", "16 ranks"])
 def test_every_family_and_head_at_layouts_of_more_ranks(
-    on_many_ranks: OnRanks, converted: Callable[[str], tuple[Path, Tensor]], splits: list[tuple[int, int]]
+    on_many_ranks: OnRanks, converted: Callable[[str], tuple[Path, Tensor]], splits: list[tuple[int, int, int]]
 ) -> None:
     num_ranks = splits[0][0] * splits[0][1]
     check(on_many_ranks, num_ranks, [converted(case) for case in EVERY], splits)
