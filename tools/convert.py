@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from ppomax.engine.checkpoint_state import STATE_FILE
+from ppomax.engine.checkpoint_state import STATE_FILE, read_state
 from ppomax.engine.compare_models import compare_models
 from ppomax.engine.conversion import hf_to_megatron, megatron_to_hf, reshard
 from ppomax.engine.errors import CheckpointError, ConfigError
@@ -17,7 +17,7 @@ from ppomax.engine.models.stored_model import StoredModel, open_model
 from ppomax.engine.weight_diff import make_diff, merge_diff
 from ppomax.tools.inspect_model import describe, tensor_table
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,8 +26,8 @@ def main(argv: Sequence[str]) -> None:
     dtype = DTYPES.get(getattr(arguments, "dtype", None) or "")
     match arguments.command:
         case "inspect":
-            model = open_model(arguments.path, arguments.role)
-            print("\n".join([describe(model), *([tensor_table(model)] if arguments.tensors else [])]))
+            for model in _models(arguments.path, arguments.role):
+                print("\n".join([describe(model), *([tensor_table(model)] if arguments.tensors else [])]))
         case "hf-to-megatron":
             print(_done(hf_to_megatron(arguments.src, arguments.dst, split=_split(arguments), dtype=dtype), arguments))
         case "megatron-to-hf":
@@ -52,6 +52,13 @@ def main(argv: Sequence[str]) -> None:
         case "merge-diff":
             merge_diff(arguments.raw, arguments.diff, arguments.dst, dtype=dtype)
             print(f"wrote {arguments.dst}")
+
+
+def _models(path: str, role: str | None) -> list[StoredModel]:
+    """One model; of a training checkpoint without a role all of them."""
+    if role is None and (Path(path) / STATE_FILE).is_file():
+        return [open_model(path, name) for name in sorted(read_state(Path(path))["roles"])]
+    return [open_model(path, role)]
 
 
 def _done(model: StoredModel, arguments: argparse.Namespace) -> str:
@@ -141,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         "merge-diff", "the tuned model from a public one and the diff", ("RAW", folder), ("DIFF", folder), ("DST", new)
     )
     for made in (inspect, to_hf, verify):
-        made.add_argument("--role", metavar="ROLE", help="of a training checkpoint: policy, critic or reward")
+        made.add_argument(
+            "--role", metavar="ROLE", help="of a training checkpoint: policy, critic or reward (inspect: default all)"
+        )
     for made in (to_megatron, to_hf, merge):
         made.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: as they are)")
     for made in (to_megatron, again):

@@ -81,7 +81,6 @@ class DistributedCheckpoint:
             raise CheckpointError(
                 f"{folder / METADATA_FILE} is damaged ({error}); take another checkpoint, or copy it again"
             ) from error
-        self._files = {chunk.file: self._open(chunk.file) for t in self.tensors.values() for chunk in t.chunks}
         self._check_files()
         self._by_layer: dict[tuple[str, int], list[Chunk]] = {}
         for key, tensor in self.tensors.items():
@@ -110,25 +109,30 @@ class DistributedCheckpoint:
         """Fills target from a chunk, from a layer and row of it on."""
         _, num_rows, width = chunk.count
         row_bytes = width * target.dtype.itemsize
-        file, start = self._files[chunk.file], self._checked_start(chunk, target.dtype)
-        start += (layer * num_rows + row) * row_bytes
-        try:
-            if target.is_contiguous() and target.shape[1] == width:
-                read_into(file, target, start)
-                return
-            step = max(1, PIECE_BYTES // row_bytes)
-            for first in range(0, len(target), step):
-                piece = torch.empty(len(target[first : first + step]), width, dtype=target.dtype)
-                read_into(file, piece, start + first * row_bytes)
-                target[first : first + step] = piece[:, columns]
-        except OSError as error:
-            raise self._damaged(chunk, error) from error
+        with self._open(chunk.file) as file:
+            start = self._checked_start(file, chunk, target.dtype) + (layer * num_rows + row) * row_bytes
+            try:
+                self._fill(file, start, width, columns, target)
+            except OSError as error:
+                raise self._damaged(chunk, error) from error
 
-    def _checked_start(self, chunk: Chunk, dtype: torch.dtype) -> int:
+    def _fill(self, file: FileIO, start: int, width: int, columns: slice, target: Tensor) -> None:
+        """Fills target with some columns of consecutive rows of this width."""
+        if target.is_contiguous() and target.shape[1] == width:
+            read_into(file, target, start)
+            return
+        row_bytes = width * target.dtype.itemsize
+        step = max(1, PIECE_BYTES // row_bytes)
+        for first in range(0, len(target), step):
+            piece = torch.empty(len(target[first : first + step]), width, dtype=target.dtype)
+            read_into(file, piece, start + first * row_bytes)
+            target[first : first + step] = piece[:, columns]
+
+    def _checked_start(self, file: FileIO, chunk: Chunk, dtype: torch.dtype) -> int:
         """Where in its file the numbers of a chunk begin. Reads all of them once and compares their checksum."""
         if chunk not in self._data_start:
             try:
-                window = _Window(self._files[chunk.file], chunk.start, chunk.stop)
+                window = _Window(file, chunk.start, chunk.stop)
                 self._data_start[chunk] = chunk.start + _tensor_bytes(window, chunk.size, dtype)
             except Exception as error:  # zipfile and pickle answer damage with errors of a dozen types
                 raise self._damaged(chunk, error) from error
@@ -151,9 +155,13 @@ class DistributedCheckpoint:
     def _check_files(self) -> None:
         """No two chunks share bytes, and all of them lie inside of their files."""
         chunks = [chunk for tensor in self.tensors.values() for chunk in tensor.chunks]
-        end = dict.fromkeys(self._files, 0)
+        sizes: dict[str, int] = {}
+        for name in {chunk.file for chunk in chunks}:
+            with self._open(name) as file:
+                sizes[name] = os.fstat(file.fileno()).st_size
+        end = dict.fromkeys(sizes, 0)
         for chunk in sorted(chunks, key=lambda chunk: (chunk.file, chunk.start)):
-            size = os.fstat(self._files[chunk.file].fileno()).st_size
+            size = sizes[chunk.file]
             if chunk.start < end[chunk.file] or chunk.stop > size:
                 raise CheckpointError(
                     f"{self.folder / chunk.file} has {size} bytes and cannot hold a chunk of its own at {chunk.start} "
@@ -246,6 +254,8 @@ def _tensor_bytes(window: "_Window", size: tuple[int, ...], dtype: torch.dtype) 
     with zipfile.ZipFile(window) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         prefix = name.removesuffix("data.pkl")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed")
         if archive.read(prefix + "byteorder") != b"little":
             raise ValueError("its numbers are not little-endian")
         storage, offset, found, stride, *_ = read_tensor_pickle(archive.read(name)).state
@@ -255,7 +265,7 @@ def _tensor_bytes(window: "_Window", size: tuple[int, ...], dtype: torch.dtype) 
             raise ValueError(f"it holds {stored_dtype} {list(found)}, expected {dtype} {list(size)}")
         entry = archive.getinfo(f"{prefix}data/{key}")
         num_bytes = wanted.numel() * dtype.itemsize
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != num_bytes or count != wanted.numel():
+        if entry.file_size != num_bytes or count != wanted.numel():
             raise ValueError(f"it holds {entry.file_size} bytes of numbers, expected {num_bytes}")
         signature, *_, name_length, extra_length = LOCAL_HEADER.unpack(
             window.pread(entry.header_offset, LOCAL_HEADER.size)

@@ -17,6 +17,7 @@ from ppomax.engine.errors import CheckpointError
 METADATA = "torch.distributed.checkpoint.metadata"
 PLANNER = "torch.distributed.checkpoint.planner"
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+MAX_METADATA_BYTES = 2**30  # some millions of chunks
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -67,6 +68,8 @@ def read_metadata_pickle(path: Path) -> Record:
     allowed |= {("torch", "Size"): tuple, ("torch.serialization", "_get_layout"): str}
     allowed |= {(module, name): _kind(name) for module, names in kinds.items() for name in names}
     try:
+        if path.stat().st_size > MAX_METADATA_BYTES:
+            raise CheckpointError(f"it has {path.stat().st_size} bytes, expected at most {MAX_METADATA_BYTES}")
         content = _RecordUnpickler(path.read_bytes(), allowed).load()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

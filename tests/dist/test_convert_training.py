@@ -141,7 +141,10 @@ def test_inspect_and_verify_take_training_checkpoints(
     assert "largest difference 0 in 39,904 parameters" in capsys.readouterr().out
     assert cli.main(["convert", "verify", str(step(run, 1)), str(step(run, 2)), "--role", "policy"]) == 5
     assert "more than --tolerance 0" in capsys.readouterr().err
-    assert cli.main(["convert", "inspect", str(step(run, 2))]) == 5
+    assert cli.main(["convert", "inspect", str(step(run, 2))]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("role critic of step_00000002") < printed.index("role policy of step_00000002")
+    assert cli.main(["convert", "megatron-to-hf", str(step(run, 2)), str(tmp_path / "out")]) == 5
     assert "choose with --role: critic, policy" in capsys.readouterr().err
     assert cli.main(["convert", "inspect", str(step(run, 2) / "policy")]) == 0
 
