@@ -132,6 +132,8 @@ def write_hf(
             writer.begin()
             for name, tensor in tensors:
                 writer.add(name, tensor.to(dtypes[name]))
+                if writer.fault is not None:
+                    break
             writer.finish(tokenizer, source=source)
     finally:
         writer.discard()
@@ -141,7 +143,7 @@ def run_tokenizer(step: Path) -> Tokenizer | None:
     """The tokenizer of the run that wrote a checkpoint: of its exports, else of the models that it started from."""
     run = step.absolute().parent.parent
     places = [run / "hf", run / "critic_hf"]
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         model = tomllib.loads((run / "config.toml").read_text())["model"]
         places += [Path(model[key]) for key in ("tokenizer", "policy") if model.get(key)]
     found = next((place for place in places if has_tokenizer(place)), None)

@@ -9,7 +9,7 @@ import torch
 
 from ppomax.engine.checkpoint_state import STATE_FILE, read_state
 from ppomax.engine.compare_models import compare_models
-from ppomax.engine.conversion import hf_to_megatron, megatron_to_hf, reshard
+from ppomax.engine.conversion import has_tokenizer, hf_to_megatron, megatron_to_hf, reshard
 from ppomax.engine.errors import CheckpointError, ConfigError
 from ppomax.engine.models.hf_writer import MAX_FILE_BYTES
 from ppomax.engine.models.megatron_names import Split
@@ -40,6 +40,8 @@ def main(argv: Sequence[str]) -> None:
                 max_file_bytes=_max_file_bytes(arguments.max_file_gb),
             )
             print(_done(model, arguments))
+            if not has_tokenizer(Path(arguments.dst)):
+                print("no tokenizer was found for it; to have one in the folder, convert again with --tokenizer PATH")
         case "reshard":
             reshard(arguments.src, arguments.dst, split=_split(arguments))
             print(f"wrote {arguments.dst}")

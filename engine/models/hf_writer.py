@@ -43,15 +43,15 @@ class FolderWriter:
         self._files = plan_files(tensor_order(shape), self._sizes, dtypes, max_file_bytes)
         self._file_of = {name: file for file, names in self._files.items() for name in names}
         self._open: dict[str, SafetensorsWriter] = {}
-        self._fault: Exception | None = None
+        self.fault: Exception | None = None
 
     def begin(self) -> None:
         """Makes the partial folder; raises CheckpointError if the target may not be replaced."""
         self._folder.begin()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Writes the next tensor. A failure is kept for `finish`: the other ranks go on sending until then."""
-        if self._fault is not None:
+        """Writes the next tensor. A failure is kept in `fault` for `finish`: other ranks go on sending until then."""
+        if self.fault is not None:
             return
         try:
             file = self._file_of[name]
@@ -62,15 +62,15 @@ class FolderWriter:
             if self._open[file].is_complete:
                 self._open[file].close()
         except Exception as error:
-            self._fault = error
+            self.fault = error
 
     def finish(self, tokenizer: Tokenizer | None, *, source: Path | None = None) -> None:
         """Writes what is not weights and puts the folder in place; raises what went wrong here or in `add`.
 
         source: see `write_side_files`.
         """
-        if self._fault is not None:
-            raise self._fault
+        if self.fault is not None:
+            raise self.fault
         unfinished = [file for file in self._files if file not in self._open or not self._open[file].is_complete]
         if unfinished:
             raise ValueError(f"tensors of {unfinished} were never added")

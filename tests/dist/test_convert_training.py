@@ -81,6 +81,15 @@ def test_the_tokenizer_of_an_unfinished_run_is_that_of_its_model(run: Path, tiny
     assert_same_folder(tmp_path / "out", run / "hf")
 
 
+def test_a_run_whose_tokenizer_is_gone_exports_without_one(run: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(("", "[model]\npolicy = 3\n", "[model]\npolicy = 'nowhere'\n", "=")):
+        lost = tmp_path / str(number)
+        shutil.copytree(run, lost / "run", ignore=shutil.ignore_patterns("hf", "critic_hf"))
+        (lost / "run/config.toml").write_text(text)
+        megatron_to_hf(str(step(lost / "run", 2)), str(lost / "out"), role="critic")
+        assert not list((lost / "out").glob("tokenizer*"))
+
+
 def test_a_checkpoint_of_both_heads_gives_the_reward_model_that_its_stage_exports(
     on_ranks: OnRanks, tiny: Any, tmp_path: Path
 ) -> None:

@@ -80,6 +80,12 @@ def test_inspect_prints_the_same_of_either_format(
     assert capsys.readouterr().out.splitlines() == [expected, *LINES]
 
 
+def test_a_missing_tokenizer_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("hf-to-megatron", folder, tmp_path / "megatron") == 0
+    assert convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 0
+    assert "no tokenizer was found" in capsys.readouterr().out
+
+
 def test_inspect_lists_tensors_on_demand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert("inspect", folder, "--tensors") == 0
     printed = capsys.readouterr().out
