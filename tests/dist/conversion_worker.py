@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ppomax.engine.config import ModelConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
 from ppomax.engine.models.hf_config import read_shape
+from ppomax.engine.models.hf_export import export_weights
 from ppomax.engine.models.transformer import PackedModel, build_chunks
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
@@ -21,6 +23,8 @@ from ppomax.engine.parallel.pipeline import run_forward
 def outputs_under(folders: Sequence[Path], splits: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> list[Tensor]:
     """Logits or values [sum of lengths, width] of every folder under every (tp, pp, vpp), folders outermost.
 
+    What the engine exports again must be bit by bit what was converted.
+
     lengths: of the sequences in `sequences`; they run together in packs of ragged sequences.
     """
     start(120)
@@ -29,7 +33,12 @@ def outputs_under(folders: Sequence[Path], splits: Sequence[tuple[int, int, int]
     groups = make_groups(
         {name: ParallelLayout(tp=tp, pp=pp, dp=ranks // (tp * pp), vpp=vpp) for name, (tp, pp, vpp) in layouts.items()}
     )
-    found = [forward(load(folder, groups[name]), groups[name], lengths) for folder in folders for name in layouts]
+    found = []
+    for folder in folders:
+        for name in layouts:
+            chunks = load(folder, groups[name])
+            check_export(chunks, groups[name], folder)
+            found.append(forward(chunks, groups[name], lengths))
     stop()
     return found
 
@@ -53,6 +62,16 @@ def load(folder: Path, groups: RoleGroups) -> list[PackedModel]:
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[str(number)])
     return chunks
+
+
+def check_export(chunks: list[PackedModel], groups: RoleGroups, folder: Path) -> None:
+    """What the engine exports is bit by bit what was converted: the folder `folder`-hf."""
+    exported = dict(export_weights(chunks, chunks[0].shape, groups, torch.float32, everywhere=False))
+    if dist.get_rank() == 0:
+        wanted = load_file(folder.with_name(f"{folder.name}-hf") / "model.safetensors")
+        assert exported.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            assert torch.equal(exported[name], weight), f"{folder.name} at {groups.layout}: {name} changed"
 
 
 def forward(chunks: list[PackedModel], groups: RoleGroups, lengths: Sequence[int]) -> Tensor:

@@ -59,7 +59,12 @@ CASES: dict[str, transformers.PretrainedConfig] = {
     "qwen3-tied": transformers.Qwen3Config(**SMALL | TIED | {"head_dim": 16}),
 }
 SPLITS = [Split(), Split(tp=2, pp=2), Split(tp=4, pp=4), Split(tp=2, pp=2, vpp=2)]
-IDS = [f"tp{split.tp}pp{split.pp}vpp{split.vpp}" for split in SPLITS]
+ALL_SPLITS = [Split(tp, pp, vpp) for tp in (1, 2, 4) for pp in (1, 2, 4) for vpp in (1, 2) if pp * vpp <= 4]
+SPLIT_PARAMETERS = [*SPLITS, *(pytest.param(s, marks=pytest.mark.slow) for s in ALL_SPLITS if s not in SPLITS)]
+IDS = [
+    f"tp{split.tp}pp{split.pp}vpp{split.vpp}"
+    for split in [*SPLITS, *(split for split in ALL_SPLITS if split not in SPLITS)]
+]
 
 
 def randomise(model: torch.nn.Module) -> Any:
@@ -163,7 +168,7 @@ def test_megatrons_tensors_are_those_of_transformers_modules(
     assert_same(stored_by_torch(tmp_path / "megatron"), megatrons(model))
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=IDS)
+@pytest.mark.parametrize("split", SPLIT_PARAMETERS, ids=IDS)
 @pytest.mark.parametrize("case", EVERY)
 def test_there_and_back_every_bit_is_the_same(
     case: str, split: Split, models: dict[str, tuple[Path, Any]], tmp_path: Path
