@@ -7,24 +7,23 @@ what another one saved.
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ppomax.engine.checkpoint_state import FORMAT, read_state
 from ppomax.engine.errors import CheckpointError
+from ppomax.engine.models.pickled_records import read_metadata_pickle
 from ppomax.engine.models.roles import Role
 from ppomax.engine.parallel.collectives import raise_on_all
-
-FORMAT = 1
 
 
 def save_checkpoint(folder: str, step: int, roles: Mapping[str, Role], state: Mapping[str, Any], *, keep: int) -> Path:
@@ -63,7 +62,7 @@ def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, An
     """
     path = Path(path)
     with raise_on_all(CheckpointError, f"cannot load the checkpoint {path}"):
-        content = _read_state(path)
+        content = read_state(path)
         missing = sorted(set(roles) - set(content["roles"]))
         if missing:
             raise CheckpointError(
@@ -72,7 +71,7 @@ def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, An
             )
         for name, role in roles.items():
             _check_shape(path / name, content["roles"][name], asdict(role.shape))
-            check_metadata(path / name / ".metadata")
+            read_metadata_pickle(path / name / ".metadata")
     for name, role in roles.items():
         with raise_on_all(CheckpointError, f"cannot load the checkpoint {path / name}"):
             # Damage shows as errors of a dozen types; torch's own is not an Exception.
@@ -142,58 +141,3 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path}: state.json cannot be read ({error}); take another step_N folder"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: format {content.get('format')!r}, expected {FORMAT}")
-    if not isinstance(content.get("state"), dict) or not isinstance(content.get("roles"), dict):
-        raise CheckpointError(f"checkpoint {path}: state.json lacks its roles or state; take another step_N folder")
-    return content
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's distributed-checkpoint metadata, which is a pickle, and refuses everything else that a pickle can
-    do.
-
-    The names are those of our own checkpoints. BytesStorageMetadata is not among them: torch unpickles such entries of
-    the data files without its guard.
-    """
-
-    ALLOWED: ClassVar[dict[str, set[str]]] = {
-        "torch": {"Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool"},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.metadata": {
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ALLOWED.get(module, ()):
-            raise CheckpointError(f"refused: it names {module}.{name}, which no checkpoint metadata contains")
-        return super().find_class(module, name)
-
-
-def check_metadata(path: Path) -> None:
-    """Raises CheckpointError unless the pickle at `path` holds checkpoint metadata and nothing else."""
-    try:
-        with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint metadata file ({error})") from error

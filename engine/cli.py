@@ -40,7 +40,7 @@ STAGES = {
 TOOLS = {
     "generate": "responses of a model to a file of prompts, one JSON row each; also under torchrun",
     "chat": "talk to a model in this terminal",
-    "convert": "what a Hugging Face folder holds: family, shape, parameters, dtypes",
+    "convert": "Hugging Face to Megatron and back, inspect, verify, reshard, weight diffs (`ppomax convert --help`)",
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
     "prepare-data": "split a preference file, train a tokenizer on it",

@@ -15,19 +15,10 @@ from torch import Tensor
 from ppomax.engine.data.tokenizer import Tokenizer
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.hf_export import export_weights, global_name
-from ppomax.engine.models.hf_names import (
-    PADDING,
-    RELEASED_SCALAR_HEAD,
-    SCALAR_HEAD,
-    VOCABULARY_HEAD,
-    Recipe,
-    local_columns,
-    local_rows,
-    recipe_of,
-    weight_sizes,
-)
-from ppomax.engine.models.hf_reader import WeightReader, fresh_scalar_head, some
-from ppomax.engine.models.hf_writer import MAX_FILE_BYTES, FolderWriter
+from ppomax.engine.models.hf_match import match_names
+from ppomax.engine.models.hf_names import PADDING, SCALAR_HEAD, Recipe, local_columns, local_rows, recipe_of
+from ppomax.engine.models.hf_reader import WeightReader, fresh_scalar_head
+from ppomax.engine.models.hf_writer import EARLIER_EXPORT, MAX_FILE_BYTES, FolderWriter, tensor_order
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import PackedModel
 from ppomax.engine.parallel.collectives import raise_on_all
@@ -51,7 +42,8 @@ def load_weights(
     Raises CheckpointError if the reader has other tensors, or tensors of other sizes, than the whole model needs: every
     rank finds the same fault.
     """
-    names = _check(chunk, reader, source, head)
+    has_scalar_head = chunk.has_scalar_head and head == "load"
+    names = match_names(chunk.shape, reader, source, has_scalar_head=has_scalar_head)
     tp, tp_rank = chunk.pg_collection.tp.size(), chunk.pg_collection.tp.rank()
     for name, parameter in chunk.named_parameters():
         recipe = recipe_of(global_name(chunk, name), chunk.shape, tp)
@@ -60,46 +52,6 @@ def load_weights(
         else:
             sources = [names[source] for source in recipe.sources]
             fill_share(parameter, recipe, reader, sources, tp=tp, tp_rank=tp_rank)
-
-
-def _check(model: PackedModel, reader: WeightReader, source: str, head: str) -> dict[str, str]:
-    """Compares the reader with what the model needs; returns the reader's name of each needed tensor."""
-    wanted = weight_sizes(model.shape)
-    wanted.pop(SCALAR_HEAD, None)
-    if model.has_scalar_head and head == "load":
-        wanted[SCALAR_HEAD] = (1, model.shape.hidden_size)
-    names = {name: name for name in wanted}
-    if SCALAR_HEAD not in reader.sizes and RELEASED_SCALAR_HEAD in reader.sizes and SCALAR_HEAD in names:
-        names[SCALAR_HEAD] = RELEASED_SCALAR_HEAD
-    missing = [name for name in names.values() if name not in reader.sizes]
-    if missing == [SCALAR_HEAD]:
-        raise CheckpointError(
-            f"{source} is not a reward model or critic: it has no scalar head ({SCALAR_HEAD}, {RELEASED_SCALAR_HEAD}); "
-            "give a folder that `ppomax reward` or `ppomax critic` wrote"
-        )
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} of the {len(names)} weights of a {model.shape.family} model with "
-            f"{model.shape.num_layers} layers: {some(missing)}; copy the folder again, or correct its config.json"
-        )
-    for name, found in names.items():
-        if tuple(reader.sizes[found]) != wanted[name]:
-            raise CheckpointError(
-                f"{reader.origin(found)}: {found} has shape {list(reader.sizes[found])}, not {list(wanted[name])}; "
-                f"the weights and the config.json of {source} belong to different models"
-            )
-    extra = [name for name in reader.sizes if name not in names.values() and not _is_ignorable(name)]
-    if extra:
-        raise CheckpointError(
-            f"{source} has {len(extra)} weights that a {model.shape.family} model has no place for: {some(extra)}; "
-            "they would be lost: choose a plain model (merge adapters first)"
-        )
-    return names
-
-
-def _is_ignorable(name: str) -> bool:
-    """Heads that this model does not use, and the rotary buffers that old releases of transformers stored."""
-    return name in (VOCABULARY_HEAD, SCALAR_HEAD, RELEASED_SCALAR_HEAD) or name.endswith("rotary_emb.inv_freq")
 
 
 def fill_share(
@@ -146,7 +98,8 @@ def save_hf(
     fault = f"could not write {folder}; check the free space and the permissions of its parent folder"
     writer = None
     if dist.get_rank() == 0:
-        writer = FolderWriter(folder, shape, dtype, max_file_bytes)
+        dtypes = dict.fromkeys(tensor_order(shape), dtype)
+        writer = FolderWriter(folder, shape, dtypes, max_file_bytes, EARLIER_EXPORT)
     try:
         with raise_on_all(CheckpointError, fault):
             if writer:

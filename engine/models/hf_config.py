@@ -70,7 +70,7 @@ def read_shape(folder: str) -> ModelShape:
 
 
 def config_json(
-    shape: ModelShape, *, dtype: str, bos_id: int | None, eos_id: int | None, pad_id: int | None
+    shape: ModelShape, *, dtype: str, bos_id: int | None, eos_id: int | list[int] | None, pad_id: int | None
 ) -> dict[str, Any]:
     """What config.json says of a model of this shape, in the fields that transformers 4 and 5 both read."""
     family = FAMILIES[shape.family]

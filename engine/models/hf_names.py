@@ -162,6 +162,11 @@ def local_rows(recipe: Recipe, tp: int, tp_rank: int) -> list[RowRange]:
     first, last = 0, total
     if recipe.split == "rows":
         first, last = tp_rank * total // tp, (tp_rank + 1) * total // tp
+    return row_ranges(recipe, first, last)
+
+
+def row_ranges(recipe: Recipe, first: int, last: int) -> list[RowRange]:
+    """Rows first..last of a parameter that is not split, as rows of its sources."""
     ranges, offset = [], 0
     taken = dict.fromkeys(range(PADDING, len(recipe.sources)), 0)
     for piece in recipe.pieces:

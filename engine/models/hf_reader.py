@@ -6,15 +6,16 @@ Both are read through the same interface, so that a random model is the same mod
 import json
 import zlib
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.hf_names import SCALAR_HEAD, weight_sizes
+from ppomax.engine.models.safetensors_file import TensorSpan, read_header, read_rows
 from ppomax.engine.models.shape import ModelShape
 
 SINGLE_FILE = "model.safetensors"
@@ -41,6 +42,15 @@ class WeightReader(Protocol):
         ...
 
 
+class StoredWeights(WeightReader, Protocol):
+    """Tensors of a folder, which have a type there."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Name and type of every tensor."""
+        ...
+
+
 class SafetensorsReader:
     """The weights of a Hugging Face folder, of which it reads only the bytes asked for.
 
@@ -51,41 +61,46 @@ class SafetensorsReader:
         """Opens every file of the folder and checks it against the index; raises CheckpointError."""
         self._folder = Path(folder)
         self._file_of: dict[str, str] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, FileIO] = {}
+        self._contents: dict[str, dict[str, TensorSpan]] = {}
         if (self._folder / SINGLE_FILE).is_file():
             self._open(SINGLE_FILE)
-            self._file_of = dict.fromkeys(self._files[SINGLE_FILE].keys(), SINGLE_FILE)
+            self._file_of = dict.fromkeys(self._contents[SINGLE_FILE], SINGLE_FILE)
         else:
             self._file_of = self._read_index()
             for file in sorted(set(self._file_of.values())):
                 self._open(file)
             self._check_index()
-        self.sizes = {name: tuple(self._slice(name).get_shape()) for name in self._file_of}
-        self.dtypes = {name: str(self._slice(name).get_dtype()) for name in self._file_of}
+        self.sizes = {name: self._span(name).size for name in self._file_of}
+        self.dtypes = {name: self._span(name).dtype for name in self._file_of}
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        part = self._slice(name)
+        span = self._span(name)
+        if not span.dtype.is_floating_point or span.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{self.origin(name)}: {name} is {span.dtype}, expected bfloat16, float16, float32 or float64; "
+                "choose a model that is not quantised"
+            )
         try:
-            return part[rows, columns] if len(self.sizes[name]) > 1 else part[rows]
-        except (SafetensorError, OSError) as error:
+            return read_rows(self._files[self._file_of[name]], span, rows, columns)
+        except OSError as error:
             raise CheckpointError(f"cannot read {name} of {self.origin(name)}: {error}; copy the file again") from error
 
     def origin(self, name: str) -> str:
         return str(self._folder / self._file_of[name])
 
-    def _slice(self, name: str) -> Any:
-        return self._files[self._file_of[name]].get_slice(name)
+    def _span(self, name: str) -> TensorSpan:
+        return self._contents[self._file_of[name]][name]
 
     def _open(self, file: str) -> None:
         path = self._folder / file
         if not path.is_file():
             raise CheckpointError(f"{path} is missing, but {self._folder / INDEX_FILE} names it; copy the folder again")
         try:
-            self._files[file] = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file ({error}); it is cut short, or a renamed pickle: copy it again"
-            ) from error
+            self._files[file] = path.open("rb", buffering=0)
+            self._contents[file] = read_header(self._files[file], path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}; copy the file again") from error
 
     def _read_index(self) -> dict[str, str]:
         path = self._folder / INDEX_FILE
@@ -118,8 +133,7 @@ class SafetensorsReader:
         raise CheckpointError(f"{self._folder} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} and its files")
 
     def _check_index(self) -> None:
-        contents = {file: set(handle.keys()) for file, handle in self._files.items()}
-        absent = [name for name, file in self._file_of.items() if name not in contents[file]]
+        absent = [name for name, file in self._file_of.items() if name not in self._contents[file]]
         if absent:
             raise CheckpointError(
                 f"{self.origin(absent[0])} lacks {some(absent)}, which {self._folder / INDEX_FILE} says it holds; "

@@ -4,92 +4,87 @@ Runs on one rank, and knows nothing of the others; `hf_checkpoint.save_hf` bring
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ppomax.engine.data.tokenizer import Tokenizer
-from ppomax.engine.errors import CheckpointError
-from ppomax.engine.models.hf_config import config_json
-from ppomax.engine.models.hf_names import parameter_names, recipe_of, weight_sizes
+from ppomax.engine.models.atomic_folder import AtomicFolder, Replaceable
+from ppomax.engine.models.hf_names import EMBEDDING, parameter_names, recipe_of, weight_sizes
 from ppomax.engine.models.hf_reader import INDEX_FILE, SINGLE_FILE
+from ppomax.engine.models.safetensors_file import SafetensorsWriter
 from ppomax.engine.models.shape import ModelShape
+from ppomax.engine.models.side_files import EXPORT_MARK, write_json, write_side_files
 
 MAX_FILE_BYTES = 5 * 10**9
 """Largest file of an export, as transformers 4 had it."""
 
-EXPORT_MARK = {"exported_by": "ppomax"}
-"""A field of config.json: tells our folders, which an export may replace, from those of others."""
-
 
 class FolderWriter:
-    """Collects tensors into files of a folder beside the target, which takes the target's place once it is complete.
+    """Writes tensors into the files of a folder beside the target, which takes the target's place once it is complete.
 
-    Call `begin`, `add` for every tensor in the order of `tensor_order`, `finish`, and at the end, always, `discard`.
+    Call `begin`, `add` for every tensor, `finish`, and at the end, always, `discard`.
     """
 
-    def __init__(self, folder: str, shape: ModelShape, dtype: torch.dtype, max_file_bytes: int) -> None:
-        self._target = Path(folder).absolute()
-        self._partial = self._target.with_name(f"{self._target.name}.tmp-{os.getpid()}")
-        self._shape, self._dtype = shape, dtype
-        self._files = plan_files(tensor_order(shape), weight_sizes(shape), dtype.itemsize, max_file_bytes)
+    def __init__(
+        self,
+        folder: str,
+        shape: ModelShape,
+        dtypes: Mapping[str, torch.dtype],
+        max_file_bytes: int,
+        replaceable: Replaceable,
+    ) -> None:
+        """dtypes: of every tensor. replaceable: which targets that exist may be replaced, say `EARLIER_EXPORT`."""
+        self._folder = AtomicFolder(folder, replaceable)
+        self._shape, self._dtypes = shape, dtypes
+        self._sizes = weight_sizes(shape)
+        self._files = plan_files(tensor_order(shape), self._sizes, dtypes, max_file_bytes)
         self._file_of = {name: file for file, names in self._files.items() for name in names}
-        self._pending: dict[str, Tensor] = {}
-        self._fault: Exception | None = None
+        self._open: dict[str, SafetensorsWriter] = {}
+        self.fault: Exception | None = None
 
     def begin(self) -> None:
         """Makes the partial folder; raises CheckpointError if the target may not be replaced."""
-        if self._target.exists() and not _is_replaceable(self._target):
-            raise CheckpointError(
-                f"{self._target} exists and is not the work of an earlier export; move it away or choose another folder"
-            )
-        self._partial.mkdir(parents=True)
+        self._folder.begin()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes the next tensor. A failure is kept for `finish`: the other ranks go on sending until then."""
-        if self._fault is not None:
+        """Writes the next tensor. A failure is kept in `fault` for `finish`: other ranks go on sending until then."""
+        if self.fault is not None:
             return
         try:
-            self._pending[name] = tensor.cpu()
             file = self._file_of[name]
-            if len(self._pending) == len(self._files[file]):
-                save_file(self._pending, self._partial / file, metadata={"format": "pt"})
-                # safetensors makes files that only their owner may read.
-                (self._partial / file).chmod(self._partial.stat().st_mode & 0o666)
-                self._pending = {}
+            if file not in self._open:
+                tensors = {other: (self._dtypes[other], self._sizes[other]) for other in self._files[file]}
+                self._open[file] = SafetensorsWriter(self._folder.partial / file, tensors)
+            self._open[file].add(name, tensor.cpu())
+            if self._open[file].is_complete:
+                self._open[file].close()
         except Exception as error:
-            self._fault, self._pending = error, {}
+            self.fault = error
 
-    def finish(self, tokenizer: Tokenizer | None) -> None:
-        """Writes what is not weights and puts the folder in place; raises what went wrong here or in `add`."""
-        if self._fault is not None:
-            raise self._fault
-        self._write_json_files(tokenizer)
-        if tokenizer is not None:
-            tokenizer.save(self._partial)
-        _replace(self._target, self._partial)
+    def finish(self, tokenizer: Tokenizer | None, *, source: Path | None = None) -> None:
+        """Writes what is not weights and puts the folder in place; raises what went wrong here or in `add`.
+
+        source: see `write_side_files`.
+        """
+        if self.fault is not None:
+            raise self.fault
+        unfinished = [file for file in self._files if file not in self._open or not self._open[file].is_complete]
+        if unfinished:
+            raise ValueError(f"tensors of {unfinished} were never added")
+        if len(self._files) > 1:
+            total = sum(torch.Size(self._sizes[name]).numel() * dtype.itemsize for name, dtype in self._dtypes.items())
+            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
+            write_json(self._folder.partial / INDEX_FILE, index)
+        dtype = self._dtypes[EMBEDDING]
+        write_side_files(self._folder.partial, self._shape, dtype, tokenizer=tokenizer, source=source)
+        self._folder.commit()
 
     def discard(self) -> None:
         """Removes what is left of a failed export."""
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _write_json_files(self, tokenizer: Tokenizer | None) -> None:
-        bos, eos, pad = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if tokenizer else (None, None, None)
-        dtype = str(self._dtype).removeprefix("torch.")
-        config = config_json(self._shape, dtype=dtype, bos_id=bos, eos_id=eos, pad_id=pad)
-        _write_json(self._partial / "config.json", config | EXPORT_MARK)
-        if not self._shape.scalar:
-            ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-            _write_json(self._partial / "generation_config.json", ids)
-        if len(self._files) > 1:
-            total = self._shape.num_parameters() * self._dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
-            _write_json(self._partial / INDEX_FILE, index)
+        self._folder.discard()
 
 
 def tensor_order(shape: ModelShape) -> list[str]:
@@ -98,13 +93,13 @@ def tensor_order(shape: ModelShape) -> list[str]:
 
 
 def plan_files(
-    order: list[str], sizes: Mapping[str, tuple[int, ...]], itemsize: int, max_file_bytes: int
+    order: list[str], sizes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], max_file_bytes: int
 ) -> dict[str, list[str]]:
     """File names and the tensors in each, in the given order; only a lone tensor may exceed max_file_bytes."""
     files: list[list[str]] = [[]]
     num_bytes = 0
     for name in order:
-        size = itemsize * torch.Size(sizes[name]).numel()
+        size = dtypes[name].itemsize * torch.Size(sizes[name]).numel()
         if files[-1] and num_bytes + size > max_file_bytes:
             files.append([])
             num_bytes = 0
@@ -115,7 +110,8 @@ def plan_files(
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, start=1)}
 
 
-def _is_replaceable(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
+    """An empty folder, or one that an earlier export wrote."""
     if not folder.is_dir():
         return False
     if not any(folder.iterdir()):
@@ -127,20 +123,5 @@ def _is_replaceable(folder: Path) -> bool:
     return isinstance(config, dict) and config.items() >= EXPORT_MARK.items() and any(folder.glob("*.safetensors"))
 
 
-def _replace(target: Path, new: Path) -> None:
-    """Puts the folder `new` in the place of target, which stays as it was if that fails."""
-    if not target.exists():
-        new.rename(target)
-        return
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+EARLIER_EXPORT = Replaceable(_is_export, "the work of an earlier export")
+"""The rule of training runs, which export again when they are started again."""

@@ -312,7 +312,7 @@ def test_the_sizes_add_up_to_the_number_of_parameters() -> None:
 
 def test_no_file_exceeds_its_limit_but_for_one_large_tensor() -> None:
     sizes = {"a": (3,), "b": (3,), "c": (9,), "d": (1,)}
-    files = plan_files(list(sizes), sizes, 4, 24)
+    files = plan_files(list(sizes), sizes, dict.fromkeys(sizes, torch.float32), 24)
     assert list(files.values()) == [["a", "b"], ["c"], ["d"]]
     assert list(files) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
@@ -505,7 +505,7 @@ def test_a_failed_export_leaves_the_earlier_one(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ppomax.engine.models.hf_writer.save_file", full_disk)
+    monkeypatch.setattr("ppomax.engine.models.hf_writer.SafetensorsWriter", full_disk)
     with pytest.raises(CheckpointError, match=rf"could not write {target}.*No space left on device"):
         save_hf([model], model.shape, groups, str(target), dtype=torch.bfloat16)
     assert_same_weights(contents(target), contents(llama))
