@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppomax.kernels import decoding_c
 from ppomax.kernels.dispatch import implementation, use_c
-from ppomax.kernels.paged_attention import paged_attention, store_pages
+from ppomax.kernels.paged_attention import paged_attention
 
 Matrix = Any
 """A weight as `DecodingOps.matrix` keeps it: for the torch products a view of it, [inputs, outputs]."""
@@ -25,10 +25,7 @@ class DecodingOps(NamedTuple):
     rms_norm(x [N, H], weight [H], eps) -> [N, H]; swiglu(gate_up [N, 2F]) -> [N, F]: as the operations of these
     names, for rows whose entries are neighbours.
 
-    rope_store(mixed [N, groups, heads_per_group + 2, d], cos, sin [N, d / 2], key_pages, value_pages, slots [N] int32)
-    -> [N, groups * heads_per_group, d]: rotates query heads, key and value of each group as `rope`; returns the
-    queries, writes the others as `store_pages`.
-    paged_attention: as the operation of this name, without `scale`.
+    rope_store, paged_attention: as the operations of these names, without `scale`; slots are int32.
     """
 
     matrix: Callable[[Tensor], Matrix]
@@ -54,20 +51,14 @@ def decoding_ops(weight: Tensor, *, head_dim: int, heads_per_group: int) -> Deco
             decoding_c.rope_store,
             attention,
         )
-    norm, gate, rotation = (implementation(op, weight) for op in ("rms_norm", "swiglu", "rope"))
+    norm, gate, rotation = (implementation(op, weight) for op in ("rms_norm", "swiglu", "rope_store"))
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.forward(x, weight, eps=eps)[0]
 
-    def rope_store(
-        mixed: Tensor, cos: Tensor, sin: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
-    ) -> Tensor:
-        query, key, value = mixed.split([mixed.shape[2] - 2, 1, 1], dim=2)
-        key = rotation.rotate(key.squeeze(2), cos, sin, inverse=False)
-        store_pages(key, value.squeeze(2), key_pages, value_pages, slots)
-        return rotation.rotate(query.reshape(len(mixed), -1, mixed.shape[3]), cos, sin, inverse=False)
-
-    return DecodingOps(torch.t, torch.matmul, _add_product, rms_norm, gate.forward, rope_store, paged_attention)
+    return DecodingOps(
+        torch.t, torch.matmul, _add_product, rms_norm, gate.forward, rotation.rope_store, paged_attention
+    )
 
 
 def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ppomax.kernels.paged_attention import paged_attention, store_pages
 from ppomax.kernels.policy_loss import policy_loss
 from ppomax.kernels.rms_norm import rms_norm
 from ppomax.kernels.rope import rope
+from ppomax.kernels.rope_store import rope_store
 from ppomax.kernels.sampling import sample
 from ppomax.kernels.swiglu import swiglu
 from ppomax.kernels.token_rewards import token_rewards
@@ -307,6 +308,25 @@ def store_pages_case(N: int, groups: int = 8, D: int = 128, page_size: int = 64,
         return *tokens, *(make.zeros(num_pages, page_size, groups, D).to(dtype) for _ in range(2)), slots
 
     return Case("paged_attention", f"store {N} x {groups} x {D} {name_of(dtype)}", store_pages, inputs)
+
+
+def rope_store_case(
+    N: int, heads: int = 32, groups: int = 8, D: int = 128, page_size: int = 64, dtype: torch.dtype = BF16
+) -> Case:
+    """Gives the queries, keys and values that it wrote."""
+    num_pages = -(-2 * N // page_size)
+
+    def inputs(make: Maker) -> Sequence[Any]:
+        mixed = make.normal(N, groups, heads // groups + 2, D, dtype=dtype)
+        angles = [make.uniform(N, D // 2) for _ in range(2)]
+        slots = (torch.arange(N, device=make.device) * 7919 % (num_pages * page_size)).int()
+        return mixed, *angles, *(make.zeros(num_pages, page_size, groups, D).to(dtype) for _ in range(2)), slots
+
+    def called(mixed: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Any:
+        keys, values = keys.clone(), values.clone()
+        return rope_store(mixed, cos, sin, keys, values, slots), keys, values
+
+    return Case("rope_store", f"{N} x {heads} / {groups} x {D} {name_of(dtype)}", called, inputs)
 
 
 def adamw_case(num_params: int, dtype: torch.dtype = FP32, *, with_all: bool = False) -> Case:

@@ -19,6 +19,7 @@ from ppomax.tools.kernel_cases import (
     policy_loss_case,
     rms_norm_case,
     rope_case,
+    rope_store_case,
     sampling_case,
     squared_norm_case,
     store_pages_case,
@@ -82,6 +83,9 @@ PRODUCTION: tuple[Case, ...] = (
     *(paged_attention_case(16, 2048, (1, 512), heads=heads, groups=groups) for heads, groups in ((28, 4), (64, 1))),
     paged_attention_case(16, 2048, (1, 512), dtype=FP32),
     *(store_pages_case(NUM_TOKENS, groups, dtype=dtype) for groups in (8, 32) for dtype in (BF16, FP32)),
+    *(rope_store_case(N, 32, groups) for N, groups in ((256, 8), (8192, 32))),
+    rope_store_case(64, dtype=FP32),
+    rope_store_case(256, 28, 4, 64),
     *(case(10**9 // 4, dtype) for case in (adamw_case, squared_norm_case) for dtype in (FP32, BF16)),
     adamw_case(10**9 // 4, with_all=True),
 )

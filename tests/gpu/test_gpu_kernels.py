@@ -61,6 +61,8 @@ CASES = (
     cases.paged_attention_case(7, 300, (64, 1), D=80, dtype=FP32),
     *(cases.paged_attention_case(7, 300, (64, 1), D=D, heads=8, groups=1) for D in (64, 256)),
     *(cases.store_pages_case(515, dtype=dtype) for dtype in (BF16, FP32)),
+    *(cases.rope_store_case(515, dtype=dtype) for dtype in (BF16, FP32)),
+    cases.rope_store_case(37, 28, 4, 80, page_size=16),
     cases.adamw_case(10**6 + 3),
     cases.adamw_case(99999, BF16, with_all=True),
     cases.squared_norm_case(3 * 10**6 + 1),

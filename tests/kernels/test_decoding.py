@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
-from ppomax.kernels import native
+from ppomax.kernels import native, rope_store_reference
 from ppomax.kernels.decoding import DecodingOps, decoding_ops
+from ppomax.kernels.rope_store import rope_store
 from ppomax.kernels.sampling_reference import TOP_P_BITS, filtered, share_word
 
 HAS_C = True
@@ -96,6 +98,26 @@ def test_rope_store_rotates_and_stores(groups: int, heads: int, d: int) -> None:
             torch.testing.assert_close(stored_key.double(), rotated[token, :, heads], atol=3e-6, rtol=0)
             assert torch.equal(stored_value, mixed[token, :, heads + 1])
     assert keys.isnan().sum() == values.isnan().sum() == (3 * page_size - 4) * groups * d
+
+
+def test_the_operator_checks_and_does_the_same() -> None:
+    mixed, cos, sin = normal(5, 2, 4, 8), normal(5, 4), normal(5, 4)
+    keys, values = torch.zeros(2, 3, 4, 2, 8)
+    slots = torch.tensor([7, 0, -1, 11, 4])
+    expected = torch.zeros(2, 3, 4, 2, 8)
+    queries = rope_store_reference.rope_store(mixed, cos, sin, *expected, slots)
+    torch.testing.assert_close(rope_store(mixed, cos, sin, keys, values, slots), queries)
+    torch.testing.assert_close(torch.stack([keys, values]), expected)
+    opcheck(torch.ops.ppomax.rope_store, (mixed, cos, sin, keys, values, slots))
+    for arguments in (
+        (mixed, cos[:4], sin, keys, values, slots),
+        (mixed, cos, sin, keys, values[:, :, :1], slots),
+        (mixed, cos, sin, keys.double(), values, slots),
+        (mixed, cos, sin, keys, values, slots[:3]),
+        (mixed[:, :, :2], cos, sin, keys, values, slots),
+    ):
+        with pytest.raises(ValueError, match=r"rope_store: .* expected"):
+            rope_store(*arguments)
 
 
 class Scene:
