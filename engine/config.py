@@ -241,7 +241,8 @@ class SamplingConfig(Section):
     tokens_per_step: Positive = 8192
     """Tokens that one step of generation runs through the model: those of running responses, then pieces of prompts."""
     page_size: Positive = 32
-    """Tokens per page of the key / value cache."""
+    """Tokens per page of the key / value cache. With multiples of 256, flash-attn, where it is installed, attends in
+    decoding steps (on CUDA, bf16)."""
     cache_gib: NonNegative = 0.0
     """Memory of the key / value cache per GPU, GiB. 0: what the requests can need; on a GPU at most half of what is
     free when generation starts."""

@@ -171,7 +171,7 @@ def _flights(
         page_size=sampling.page_size,
         num_pages=num_pages,
     )
-    stage = InferenceStage(role, max(batch.max_lengths))
+    stage = InferenceStage(role, max(batch.max_lengths), sampling.page_size)
     return [Flight(role, stage, batch, part, limits, sampling, stop, on_token) for part in parts]
 
 

@@ -38,16 +38,17 @@ class InferenceStage:
     """The stage of a role on this rank, in one chunk or several. Made once per call of the generator: weights must not
     change meanwhile.
 
-    max_length: the longest request, tokens.
+    max_length: the longest request, tokens. page_size: of the cache, tokens.
     """
 
-    def __init__(self, role: Role, max_length: int) -> None:
+    def __init__(self, role: Role, max_length: int, page_size: int) -> None:
         first, last = role.chunks[0], role.chunks[-1]
         self.config, self.tp = first.config, role.groups.megatron.tp
         self.embedding = first.embedding.word_embeddings.weight if first.pre_process else None
         heads_per_group = self.config.num_attention_heads // self.config.num_query_groups
         weight = first.decoder.layers[0].input_layernorm.weight
-        self.ops = ops = decoding_ops(weight, head_dim=self.config.kv_channels, heads_per_group=heads_per_group)
+        sizes = {"head_dim": self.config.kv_channels, "heads_per_group": heads_per_group, "page_size": page_size}
+        self.ops = ops = decoding_ops(weight, **sizes)
         numbers = count()  # of the layers on this rank: their places in the cache
         self.chunks = [[(next(numbers), _layer(layer, ops)) for layer in chunk.decoder.layers] for chunk in role.chunks]
         self.final_norm = last.decoder.final_layernorm.weight if last.post_process else None

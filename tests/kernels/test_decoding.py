@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from ppomax.kernels import native, rope_store_reference
-from ppomax.kernels.decoding import DecodingOps, decoding_ops
+from ppomax.kernels.decoding import DecodingOps, decoding_ops, flash_attention, takes_flash_attention
+from ppomax.kernels.paged_attention import paged_attention
 from ppomax.kernels.rope_store import rope_store
 from ppomax.kernels.sampling_reference import TOP_P_BITS, filtered, share_word
 
@@ -25,7 +27,7 @@ REQUESTS = ((1, 1), (1, 40), (1, 700), (64, 64), (3, 200), (130, 131), (1, 64), 
 
 
 def ops_for(d: int, heads: int = 2) -> DecodingOps:
-    return decoding_ops(torch.zeros(1), head_dim=d, heads_per_group=heads)
+    return decoding_ops(torch.zeros(1), head_dim=d, heads_per_group=heads, page_size=32)
 
 
 def normal(*sizes: int, seed: int = 0) -> Tensor:
@@ -196,11 +198,49 @@ def test_c_attention_gives_the_same_bits_for_any_page_size_and_number_of_threads
 
 
 @pytest.mark.one_version
+def test_flash_attention_gets_what_it_wants_and_only_decoding_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its documented semantics in its place: [R, 1, heads, d] queries, block tables, causal from the right."""
+    calls = []
+
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, causal):
+        calls.append(len(q))
+        assert causal
+        outputs = []
+        for query, length, table in zip(q, cache_seqlens.tolist(), block_table, strict=True):
+            used = table[: -(-length // k_cache.shape[1])].long()
+            key, value = (x[used].flatten(0, 1)[:length].transpose(0, 1) for x in (k_cache, v_cache))
+            attend = torch.nn.functional.scaled_dot_product_attention
+            outputs.append(attend(query.transpose(0, 1), key, value, enable_gqa=True).transpose(0, 1))
+        return torch.stack(outputs)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache))
+    monkeypatch.setenv("PPOMAX_KERNELS", "reference")
+    scene = Scene(2, 2, 16, 32)
+    single = [r for r, (count, _) in enumerate(REQUESTS) if count == 1]
+    tensors = (scene.key_pages, scene.value_pages, scene.tables[single], scene.contexts[single])
+    query, ends = scene.query[: len(single)], torch.arange(len(single) + 1, dtype=torch.int32)
+    bounds = {"max_query": 1, "max_context": 700}
+    output = flash_attention(query, *tensors, ends, **bounds)
+    torch.testing.assert_close(output, paged_attention(query, *tensors, ends, **bounds), atol=3e-6, rtol=0)
+    assert calls == [len(single)]
+    mixed = ops_for(16)._replace(paged_attention=flash_attention)
+    torch.testing.assert_close(scene.attend(mixed).double(), scene.exact(), atol=3e-6, rtol=0)
+    assert len(calls) == 1
+
+
+@pytest.mark.one_version
+def test_flash_attention_is_not_taken_for_other_pages_types_or_devices() -> None:
+    assert not takes_flash_attention(torch.zeros(1), 256)
+    assert not takes_flash_attention(torch.zeros(1, dtype=torch.bfloat16), 256)
+
+
+@pytest.mark.one_version
 def test_a_machine_without_a_compiler_uses_the_references(tmp_path: Path) -> None:
     code = (
         "import torch; from ppomax.kernels import native; from ppomax.kernels.decoding import decoding_ops\n"
         "assert native.load() is None\n"
-        "print(decoding_ops(torch.zeros(1), head_dim=16, heads_per_group=1).swiglu(torch.ones(1, 2)).item())"
+        "ops = decoding_ops(torch.zeros(1), head_dim=16, heads_per_group=1, page_size=1)\n"
+        "print(ops.swiglu(torch.ones(1, 2)).item())"
     )
     environment = {**os.environ, "PATH": str(tmp_path), "CC": "", "PPOMAX_KERNELS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
