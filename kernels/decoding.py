@@ -86,14 +86,13 @@ def flash_attention(
     max_context: int,
 ) -> Tensor:
     """paged_attention by flash-attn where every request has one query; pieces of prompts stay with ours."""
-    pages = (key_pages, value_pages)
     if max_query > 1 or len(query) != len(context_lengths):
-        bounds = {"max_query": max_query, "max_context": max_context}
-        return paged_attention(query, *pages, page_tables, context_lengths, cu_queries, **bounds)
+        own = (query, key_pages, value_pages, page_tables, context_lengths, cu_queries)
+        return paged_attention(*own, max_query=max_query, max_context=max_context)
     from flash_attn import flash_attn_with_kvcache
 
     lengths = {"cache_seqlens": context_lengths, "block_table": page_tables}
-    return flash_attn_with_kvcache(query[:, None], *pages, **lengths, causal=True)[:, 0]
+    return flash_attn_with_kvcache(query[:, None], key_pages, value_pages, **lengths, causal=True)[:, 0]
 
 
 def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
