@@ -64,6 +64,7 @@ LARGE = {
     "6.7 B": llama(32000, 4096, 32, 32, 32, 11008, 4096),
 }
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, (8, 64), (16, 256)
+LONG_CONTEXT = 384
 GPU_BATCHES, GPU_TOKENS = (64, 128, 256), 512
 GREEDY = SamplingConfig(temperature=0, top_p=1, repetition_penalty=1, batch_size=NUM_PROMPTS)
 INIT_STD = 0.05
@@ -148,8 +149,8 @@ def small_rows(
     role, work = make_model(shape, reader, "fp32"), small_work(shape)
     contenders: dict[str, Callable[[], list[list[int]]]] = {
         "ours": partial(respond, role, work, GREEDY),
-        "transformers generate": to_longest(transformers_model(shape, reader, "sdpa"), work),
-        "transformers continuous batching": continuous(transformers_model(shape, reader, "paged|sdpa"), work, stack),
+        "transformers generate": to_longest(transformers_model(shape, reader), work),
+        "transformers continuous batching": continuous(transformers_model(shape, reader), work, stack),
     }
     for threads in thread_counts:
         torch.set_num_threads(threads)
@@ -184,7 +185,7 @@ def compared(
         yield row
 
 
-def transformers_model(shape: ModelShape, reader: RandomReader, attention: str) -> Any:
+def transformers_model(shape: ModelShape, reader: RandomReader) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -202,7 +203,7 @@ def transformers_model(shape: ModelShape, reader: RandomReader, attention: str) 
         bos_token_id=None,
         eos_token_id=None,
     )
-    config._attn_implementation = attention
+    config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config).eval()
     model.load_state_dict({name: reader.read(name) for name in reader.sizes})
     return model
@@ -255,7 +256,7 @@ def continuous(model: Any, work: Work, stack: contextlib.ExitStack) -> Callable[
 
 def step_time_row(size: str, threads: int, role: Role) -> dict[str, Any]:
     """Times of a decoding step of 32 requests: all short, one of them long, all long."""
-    short, long = 32, 384
+    short, long = 32, LONG_CONTEXT
     cases = {"all short": [short] * 32, "one long": [short] * 31 + [long], "all long": [long] * 32}
     row: dict[str, Any] = {"model": size, "threads": threads, "what": "milliseconds of a step of 32 requests"}
     for name, lengths in cases.items():
