@@ -4,6 +4,7 @@ The library is kept in a cache folder of the user's, named for the source, the c
 compiler nothing fails: dispatch.py then chooses the torch references.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -22,12 +23,13 @@ SOURCE = Path(__file__).with_name("cpu_kernels.c")
 FLAGS = (
     "-O3",
     "-march=native",
-    "-mprefer-vector-width=512",
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
 )
-COMPILERS = ("cc", "gcc", "clang")
+COMPILERS = ("cc", "gcc")
+"""Not clang: it calls an OpenMP library of its own, which torch does not load."""
 COMPILE_SECONDS = 120
 
 
@@ -71,7 +73,10 @@ def load() -> ctypes.CDLL | None:
             with tempfile.TemporaryDirectory() as scratch:
                 return _open(_compile(compiler, Path(scratch) / "cpu_kernels.so"))
         path = folder / f"cpu_kernels-{key.hexdigest()[:20]}.so"
-        return _open(path if path.exists() else _compile(compiler, path))
+        if path.exists():
+            with contextlib.suppress(OSError):  # what a crash may have cut short
+                return _open(path)
+        return _open(_compile(compiler, path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         warnings.warn(f"{SOURCE.name} cannot be compiled or loaded, generation is slower: {detail}", stacklevel=2)
@@ -103,7 +108,7 @@ def _cache_folder() -> Path | None:
     except OSError:
         return None
     is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return Path(base) if is_private and os.access(base, os.W_OK) else None
+    return Path(base).absolute() if is_private and os.access(base, os.W_OK) else None
 
 
 def _compile(compiler: str, path: Path) -> Path:

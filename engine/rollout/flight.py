@@ -4,6 +4,7 @@ The host plans steps from lengths alone, so a step can be launched before the ho
 it: `launch` does not wait for a GPU, `collect` reads the tokens of launched steps and ends the requests that they end.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ class Flight:
         if uses_graphs(sampling, role.device):
             self._graphs = [
                 DecodeGraphs(
-                    partial(self._compute, number),
+                    # A proxy: a flight whose graphs hold it would keep its cache until Python looks for cycles.
+                    partial(Flight._compute, weakref.proxy(self), number),
                     width=width,
                     requests_dim=1 if chunk.post_process else 0,
                     device=role.device,

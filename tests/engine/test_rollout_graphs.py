@@ -1,5 +1,7 @@
 """Decoding through fixed memory for fixed numbers of requests, as CUDA graphs do it; here a replay computes anew."""
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
@@ -15,6 +17,7 @@ from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.rollout import flight, graphs
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.graphs import DecodeGraphs, Recording, graph_size
+from ppomax.engine.rollout.paged_cache import PagedCache
 from ppomax.engine.rollout.step_inputs import StepSizes
 
 REPLAYS: Counter[int] = Counter()
@@ -61,6 +64,36 @@ def test_responses_are_those_without_graphs(monkeypatch: pytest.MonkeyPatch, sam
     torch.testing.assert_close(result.sampling_logprobs, expected.sampling_logprobs, atol=2e-6, rtol=0)
     assert set(REPLAYS) <= {1, 2, 4, 8, 16, 32}
     assert sum(REPLAYS.values()) > 20  # most steps were replays
+
+
+def test_cache_is_freed_when_generation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is half of the free memory, which training needs at once, and graphs must not outlive NCCL."""
+    start(60)
+    init = ArchitectureConfig(hidden_size=64, num_layers=2, ffn_hidden_size=96, vocab_size=97)
+    config = RunConfig(model=ModelConfig(init=init))
+    shape = shape_from_init(init, 97)
+    groups = make_groups({"policy": ParallelLayout(1, 1, 1)})["policy"]
+    role = make_role("policy", shape, random_reader(shape, config), config, groups, source="random")
+    caches = []
+
+    def new_cache(*args, **options) -> PagedCache:
+        cache = PagedCache(*args, **options)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    def record_once(self: DecodeGraphs, vector: Tensor, sizes: StepSizes, received: Tensor | None) -> Recording:
+        return Recording(vector, received, self._compute(vector, sizes, received), lambda: None)
+
+    monkeypatch.setattr(flight, "PagedCache", new_cache)
+    monkeypatch.setattr(flight, "uses_graphs", lambda sampling, device: True)
+    monkeypatch.setattr(graphs.DecodeGraphs, "_record", record_once)
+    gc.disable()
+    try:
+        settings = SamplingConfig(max_new_tokens=8)
+        generate(role, [[1, 2, 3]] * 4, settings, seeds=request_seeds(0, 0, 4), eos_id=-1, pad_id=0)
+    finally:
+        gc.enable()
+    assert [cache() for cache in caches] == [None]
 
 
 def test_sizes_of_graphs() -> None:

@@ -283,6 +283,18 @@ def test_the_library_is_compiled_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.one_version
+def test_a_damaged_library_is_compiled_again_in_a_relative_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    environment = {**os.environ, "PPOMAX_CACHE": ".", "PPOMAX_KERNELS": "cpu"}
+    code = "from ppomax.kernels import native; assert native.load() is not None"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=tmp_path)
+        (library,) = tmp_path.iterdir()
+        assert library.stat().st_size > 0
+        library.write_bytes(b"")
+
+
+@pytest.mark.one_version
 @pytest.mark.parametrize("top_k", [0, 1, 7, 500])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
 def test_c_filters_keep_what_the_reference_keeps(top_k: int, top_p: float) -> None:
