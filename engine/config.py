@@ -14,6 +14,9 @@ Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+MIN_TEMPERATURE = 1e-4
+"""Of kernels/sampling.py, which refuses what is colder."""
+
 ROLES = ("policy", "critic", "reference", "reward")
 
 
@@ -221,7 +224,7 @@ class SamplingConfig(Section):
     """What samples in critic, ppo and evaluate. embedded: the engine's own generator, on the weights that are trained;
     vllm: vLLM in the same processes, with a copy of the weights (ppomax[vllm])."""
     temperature: NonNegative = 0.8
-    """Logits are divided by this; 0 is greedy. Source: 0.8, P p.18."""
+    """Logits are divided by this, at least 1e-4; 0 is greedy. Source: 0.8, P p.18."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Nucleus: smallest set of tokens with at least this probability. Source: 0.9, P p.18."""
     top_k: Count = 0
@@ -251,6 +254,15 @@ class SamplingConfig(Section):
     dropped. Unset: 2 on a GPU, which then does not wait for the host, and 0 on a CPU."""
     cuda_graphs: bool = True
     """Replay decoding steps as CUDA graphs, one for each of some batch sizes (no effect on a CPU)."""
+
+    @model_validator(mode="after")
+    def _temperature_is_zero_or_enough(self) -> "SamplingConfig":
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"sampling.temperature = {self.temperature}: expected at least {MIN_TEMPERATURE}, or 0; set it to 0, "
+                "which takes the likeliest token"
+            )
+        return self
 
 
 class SftConfig(Section):

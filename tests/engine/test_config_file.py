@@ -213,6 +213,11 @@ def test_a_wrong_value_is_named_with_what_was_expected(override, expected):
     assert expected in fault(None, [*COMPLETE, override])
 
 
+def test_a_temperature_too_cold_to_compute_is_refused_before_a_model_is_loaded():
+    with pytest.raises(ConfigError, match=r"sampling\.temperature = 1e-05: expected at least 0\.0001, or 0"):
+        load_config(None, ["sampling.temperature=1e-5"], command="sft")
+
+
 def test_several_faults_are_listed_together_with_their_origin(toml):
     path = toml('train = 3\n[ppo]\nlamm = 1\npolicy_clip = "x"\n[optim]\nlr = -1.0\n')
     message = fault(path, ["sampling.top_p=2", "data.train=[]"])
