@@ -188,7 +188,7 @@ def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int
     """
     budget = sampling.cache_gib * GIB
     if budget == 0 and role.device.type == "cuda":
-        budget = CACHE_SHARE * torch.cuda.mem_get_info(role.device)[0]
+        budget = CACHE_SHARE * _free_memory(role.device)
     if budget == 0:
         return None
     pages = num_pages_for_budget(
@@ -211,6 +211,14 @@ def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int
             "or lower sampling.max_new_tokens or data.max_length"
         )
     return int(fewest)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes of the GPU that a tensor can get: those of the driver, and those that torch keeps after tensors are gone,
+    nearly all of the memory after a step of training.
+    """
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _num_pages(parts: list[list[Request]], max_running: int, sampling: SamplingConfig, affordable: int | None) -> int:

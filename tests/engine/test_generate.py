@@ -14,7 +14,7 @@ from ppomax.engine.parallel.device import start
 from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.ppo.types import Rollout
-from ppomax.engine.rollout.generate import generate, request_seeds
+from ppomax.engine.rollout.generate import _free_memory, generate, request_seeds
 from ppomax.engine.rollout.scheduler import Scheduler
 from ppomax.kernels.sampling import sample_with_margins
 
@@ -383,3 +383,11 @@ def test_tokens_are_told_as_they_come(role, prompts):
         on_token=lambda row, token: told[row].append(token),
     )
     assert list(told.values()) == responses(rollout)
+
+
+def test_memory_that_torch_keeps_is_free_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step of training torch keeps nearly all of a GPU, though hardly any of it is in use."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 75)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert _free_memory(torch.device("cuda")) == 46
