@@ -27,7 +27,10 @@ class PagedCache:
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copies the contents of pages (source, target); no target is a source."""
         if copies:
-            sources, targets = torch.tensor(copies, device=self.keys.device).unbind(1)
+            pairs = torch.tensor(copies)
+            if self.keys.is_cuda:  # the host does not wait
+                pairs = pairs.pin_memory().to(self.keys.device, non_blocking=True)
+            sources, targets = pairs.unbind(1)
             self.keys[:, targets] = self.keys[:, sources]
             self.values[:, targets] = self.values[:, sources]
 
