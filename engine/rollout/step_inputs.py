@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ppomax.engine.rollout.scheduler import Entry
+
+ALIGNMENT = 4
+"""Numbers, 16 bytes: Triton compiles a kernel once more for each set of pointers that are no multiples of 16."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,14 @@ class StepNumbers:
     drawn_positions: np.ndarray
 
     def packed(self) -> np.ndarray:
-        """All of it end to end."""
-        return np.concatenate([part.ravel() for part in vars(self).values()], dtype=np.int32)
+        """All of it end to end, each part at a multiple of ALIGNMENT."""
+        parts = [part.ravel() for part in vars(self).values()]
+        vector = np.zeros(sum(_aligned(part.size) for part in parts), dtype=np.int32)
+        begin = 0
+        for part in parts:
+            vector[begin : begin + part.size] = part
+            begin += _aligned(part.size)
+        return vector
 
     def padded(self, num: int) -> "StepNumbers":
         """A step that only decodes, for `num` requests: those behind repeat the first, but store nothing and see one
@@ -88,8 +98,14 @@ PARTS = tuple(field.name for field in fields(StepInputs))
 def split_inputs(vector: Tensor, sizes: StepSizes) -> StepInputs:
     """The parts of what `StepNumbers.packed` gives."""
     n, r, m = sizes.tokens, sizes.requests, sizes.drawn
-    parts = dict(zip(PARTS, vector.split([n, n, n, r, r + 1, r * sizes.width, m, m, m]), strict=True))
+    counts = [n, n, n, r, r + 1, r * sizes.width, m, m, m]
+    ends = accumulate(map(_aligned, counts), initial=0)
+    parts = {name: vector[at : at + count] for name, count, at in zip(PARTS, counts, ends, strict=False)}
     return StepInputs(**{**parts, "page_tables": parts["page_tables"].view(r, sizes.width)})
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
 
 
 class StepTables:

@@ -18,7 +18,7 @@ from ppomax.engine.rollout import flight, graphs
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.graphs import DecodeGraphs, Recording, graph_size
 from ppomax.engine.rollout.paged_cache import PagedCache
-from ppomax.engine.rollout.step_inputs import StepSizes
+from ppomax.engine.rollout.step_inputs import StepNumbers, StepSizes, split_inputs
 
 REPLAYS: Counter[int] = Counter()
 
@@ -98,3 +98,16 @@ def test_cache_is_freed_when_generation_ends(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_sizes_of_graphs() -> None:
     assert [graph_size(n) for n in (1, 2, 3, 5, 9, 16, 17, 33, 64, 65)] == [1, 2, 4, 8, 16, 16, 32, 48, 64, 80]
+
+
+def test_parts_of_a_step_lie_at_multiples_of_16_bytes() -> None:
+    """Triton compiles anew for each set of pointers that do not; what is between belongs to no part."""
+    sizes = StepSizes(tokens=5, requests=3, drawn=2, max_query=3, width=2)
+    counts = {"index": 5, "positions": 5, "slots": 5, "contexts": 3, "cu_queries": 4, "page_tables": 6}
+    parts = {name: torch.arange(1, n + 1, dtype=torch.int32) for name, n in counts.items()}
+    parts |= {name: torch.arange(7, 9, dtype=torch.int32) for name in ("rows", "drawn_index", "drawn_positions")}
+    parts["page_tables"] = parts["page_tables"].view(3, 2)
+    vector = torch.from_numpy(StepNumbers(**{name: part.numpy() for name, part in parts.items()}).packed())
+    for name, part in vars(split_inputs(vector, sizes)).items():
+        assert torch.equal(part, parts[name])
+        assert part.storage_offset() % 4 == 0
