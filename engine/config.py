@@ -454,7 +454,7 @@ class TrainConfig(Section):
     """Dialogues per optimizer step of sft, over all replicas. Source: 1024, P p.11 (7B)."""
     tokens_per_microbatch: Positive = 8192
     """Tokens of one packed forward and backward pass on one replica. It changes memory, not results."""
-    seed: Count = 42
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of every random draw."""
     max_skipped_steps: Count = 0
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops (exit code 6)."""

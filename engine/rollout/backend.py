@@ -99,6 +99,8 @@ def request_fault(request: RolloutRequest, *, vocab_size: int, context: int) -> 
         return f"token id {bad} is outside the vocabulary of {vocab_size} tokens; check model.tokenizer"
     if request.max_new_tokens < 0:
         return f"max_new_tokens is {request.max_new_tokens}; set it to 0 or more"
+    if not 0 <= request.seed < 2**63:
+        return f"the seed is {request.seed}; set it to 0 or more, below 2^63"
     return None
 
 

@@ -218,6 +218,11 @@ def test_a_temperature_too_cold_to_compute_is_refused_before_a_model_is_loaded()
         load_config(None, ["sampling.temperature=1e-5"], command="sft")
 
 
+def test_a_seed_that_no_generator_takes_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.seed = 4294967296 .*expected whole number >= 0 and <= 4294967295"):
+        load_config(None, ["train.seed=4294967296"], command="sft")
+
+
 def test_several_faults_are_listed_together_with_their_origin(toml):
     path = toml('train = 3\n[ppo]\nlamm = 1\npolicy_clip = "x"\n[optim]\nlr = -1.0\n')
     message = fault(path, ["sampling.top_p=2", "data.train=[]"])

@@ -224,14 +224,16 @@ def test_company_changes_nothing(backend):
 def test_bad_requests_fail_alone(backend):
     good = requests_with(GREEDY)
     bad = [replace(good[0], id=90 + i, prompt=p) for i, p in enumerate([(), (9,) * MAX_LENGTH, (9, 97), (-1,)])]
+    bad += [replace(good[0], id=94, seed=2**63), replace(good[0], id=95, seed=-1)]
     completions = backend.generate([good[0], *bad, *good[1:]])
-    assert reasons(completions[1:5]) == ["error"] * 4
+    assert reasons(completions[1:7]) == ["error"] * 6
     words = ("request 90: .* empty", "request 91: .* 60 tokens", "token id 97 .* 97 tokens", "token id -1 ")
-    for completion, message in zip(completions[1:5], words, strict=True):
+    words += ("seed is 9223372036854775808", "seed is -1")
+    for completion, message in zip(completions[1:7], words, strict=True):
         assert completion.tokens == ()
         with pytest.raises(DataError, match=message):
             as_rollout(good[:1], [completion], pad_id=0, device=torch.device("cpu"))
-    assert_equal([completions[0], *completions[5:]], backend.generate(good))
+    assert_equal([completions[0], *completions[7:]], backend.generate(good))
 
 
 def test_no_new_tokens_are_an_empty_response(backend):
