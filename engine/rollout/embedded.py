@@ -11,7 +11,7 @@ from ppomax.engine.models.roles import Role
 from ppomax.engine.parallel.stages import max_over_role
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.backend import Completion, FinishReason, RolloutRequest, finished_early
-from ppomax.engine.rollout.generate import generate
+from ppomax.engine.rollout.generate import affordable_pages, cache_fault, generate
 from ppomax.engine.rollout.watch import Aborts
 
 
@@ -53,6 +53,16 @@ class EmbeddedBackend:
             else:
                 alike.setdefault((request.sampling, request.stop_sequences), []).append(b)
         for (sampling, stop_sequences), members in alike.items():
+            affordable = affordable_pages(self._role, sampling)
+            for b in tuple(members):
+                length = min(self._context, len(requests[b].prompt) + requests[b].max_new_tokens)
+                fault = cache_fault(length, affordable, self._role, sampling)
+                if fault is not None:
+                    message = f"request {requests[b].id}: {fault}"
+                    results[b] = Completion((), (), "error", self._version, message)
+                    members.remove(b)
+            if not members:
+                continue
             rollout = generate(
                 self._role,
                 [requests[b].prompt for b in members],

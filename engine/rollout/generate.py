@@ -84,7 +84,10 @@ def generate(
     batch = Batch(rows, max_lengths, seeds, role.device, begun)
     share = _share_of_replica(batch, samples, role)
     stop = StopRule(eos_id, tuple(map(tuple, stop_sequences)), sampling.min_new_tokens)
-    affordable = _affordable_pages(role, batch, sampling)
+    affordable = affordable_pages(role, sampling)
+    fault = cache_fault(max(batch.max_lengths), affordable, role, sampling)
+    if fault is not None:
+        raise DoesNotFitError(fault)
     with torch_functions_as_they_are():
         flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
     default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
@@ -181,10 +184,9 @@ def _first_alike(batch: Batch, b: int, samples: int) -> int:
     return next(other for other in range(first, b + 1) if batch.known[other] == batch.known[b])
 
 
-def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int | None:
-    """Pages of one flight that the memory budget allows, the same on every rank; None where nothing limits them.
-
-    Raises DoesNotFitError, on every rank, where the longest request does not fit them.
+def affordable_pages(role: Role, sampling: SamplingConfig) -> int | None:
+    """Pages of one flight that the memory budget allows, the same on every rank, which must all call it; None where
+    nothing limits them.
     """
     budget = sampling.cache_gib * GIB
     if budget == 0 and role.device.type == "cuda":
@@ -202,15 +204,20 @@ def _affordable_pages(role: Role, batch: Batch, sampling: SamplingConfig) -> int
     # Stages may differ in layers and GPUs in free memory.
     fewest = torch.tensor(pages, device=role.device)
     dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=role.groups.megatron.intra_dist_opt)
-    longest = max(batch.max_lengths)
-    if pages_for(longest, sampling.page_size) > int(fewest):
-        raise DoesNotFitError(
-            f"a request of {longest} tokens needs {pages_for(longest, sampling.page_size)} pages of "
-            f"{sampling.page_size} tokens in the key / value cache, but {budget / GIB:.3g} GiB hold {int(fewest)} "
-            f"(for each of {role.groups.layout.pp} pipeline stages in flight); raise sampling.cache_gib, "
-            "or lower sampling.max_new_tokens or data.max_length"
-        )
     return int(fewest)
+
+
+def cache_fault(length: int, affordable: int | None, role: Role, sampling: SamplingConfig) -> str | None:
+    """Why a request of `length` tokens, prompt and response, cannot run in so many pages, or None."""
+    needed = pages_for(length, sampling.page_size)
+    if affordable is None or needed <= affordable:
+        return None
+    limit = f"{sampling.cache_gib:.3g} GiB hold" if sampling.cache_gib else "half of the free memory holds"
+    return (
+        f"a request of {length} tokens needs {needed} pages of {sampling.page_size} tokens in the key / value cache, "
+        f"but {limit} {affordable} (for each of {role.groups.layout.pp} pipeline stages in flight); raise "
+        "sampling.cache_gib, or lower sampling.max_new_tokens or data.max_length"
+    )
 
 
 def _free_memory(device: torch.device) -> int:

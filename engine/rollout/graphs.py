@@ -6,6 +6,7 @@ live as long as their flight: the cache that they read has other addresses in ea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class DecodeGraphs:
         self._compute, self._width, self._requests_dim, self._device = compute, width, requests_dim, device
         self._recordings: dict[int, Recording] = {}
         self._uses: dict[int, int] = {}
+        self._pool: Any = None
 
     def run(self, numbers: StepNumbers, received: Tensor | None) -> Tensor:
         """The result of `compute` for a step that only decodes; received [N, H] as `compute` takes it."""
@@ -92,13 +94,12 @@ class DecodeGraphs:
             # The chunk works in place on what it receives.
             return self._compute(vector, sizes, None if received is None else received.clone())
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            compute()
-        torch.cuda.current_stream().wait_stream(side)
+        compute()
+        if self._pool is None:
+            # One for all sizes: a replay's result is copied before the next one starts.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = compute()
         return Recording(vector, received, output, graph.replay)

@@ -345,3 +345,15 @@ def test_vllm_is_asked_for_only_where_it_is_installed_and_used(monkeypatch):
     monkeypatch.setattr("ppomax.engine.config_checks.find_spec", lambda name: object())
     assert faults("ppo") == []
     assert "serves critic, ppo and evaluate" in faults("generate")[0]
+
+
+def test_a_request_that_the_cache_cannot_hold_fails_alone(embedded):
+    """A page of 8 tokens takes 8 x 3 layers x 2 groups x 16 numbers x 2 x 4 bytes = 6 KiB: there is room for two."""
+    small = GREEDY.model_copy(update={"page_size": 8, "cache_gib": 2 * 6144 / 2**30})
+    prompts = [(5, 6), tuple(range(1, 17)), (7, 8, 9)]
+    requests = [RolloutRequest(i, prompt, small, seed=i, max_new_tokens=4) for i, prompt in enumerate(prompts)]
+    completions = embedded.generate(requests)
+    assert [completion.finish_reason for completion in completions] == ["length", "error", "length"]
+    assert "20 tokens needs 3 pages of 8 tokens" in completions[1].message
+    whole = embedded.generate([replace(request, sampling=GREEDY) for request in requests])
+    assert [completions[i].tokens for i in (0, 2)] == [whole[i].tokens for i in (0, 2)]
