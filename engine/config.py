@@ -106,6 +106,8 @@ class ParallelConfig(Section):
     """Split activations between the tensor-parallel regions along the sequence (no effect at tp = 1)."""
     timeout_seconds: Positive = 600
     """A collective that takes longer fails on every rank."""
+    check_memory: bool = True
+    """On CUDA, end a run before it allocates anything where its plan exceeds the GPU's memory (exit code 3)."""
 
     @model_validator(mode="before")
     @classmethod
