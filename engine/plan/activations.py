@@ -60,8 +60,8 @@ def saved_bytes(
         per_token += itemsize * shape.hidden_size / sp  # what a chunk sends is kept for its backward pass
     saved = chunks_in_flight(layout, pp_rank, num_microbatches) * per_token * tokens
     if pp_rank == layout.pp - 1:
-        # Of one micro-batch: the last norm, and the gradient of hidden states that the head gives at once.
-        saved += tokens * (2 * itemsize * shape.hidden_size / sp + itemsize * shape.hidden_size)
+        # Of one micro-batch: what the last norm read, and the gradient of hidden states that the head gives at once.
+        saved += tokens * ((itemsize * shape.hidden_size + 4) / sp + itemsize * shape.hidden_size)
     if recompute == "full":  # of the layer whose backward pass runs
         saved += tokens * layer_bytes(shape, layout.tp, recompute="none", **options)
     return int(saved)

@@ -138,7 +138,7 @@ def _update(role: PlannedRole, pp_rank: int, config: RunConfig, workload: Worklo
     if pp_rank == layout.pp - 1:
         logits = logits_bytes(shape, layout.tp, rows=packs.tokens, device=device, backward=True)
     # The head has finished when the layers' backward passes begin: only one of both exists.
-    head = Bytes(activations=saved, logits=logits)
+    head = Bytes(activations=saved + itemsize * packs.tokens * shape.hidden_size, logits=logits)
     layers = Bytes(activations=saved + passing)
     gathered = itemsize * packs.tokens * shape.hidden_size if sequence_parallel else 0
     return max(head, layers, key=lambda part: part.total) + Bytes(

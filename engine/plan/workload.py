@@ -69,7 +69,7 @@ def microbatches(layout: ParallelLayout, sequences: int, length: int, limit: int
     units = -(-sequences // unit)
     own = -(-units // layout.dp) * unit * length
     per_pack = max(1, limit // (unit * length)) * unit * length
-    number = -(-own // per_pack)
+    number = max(-(-own // per_pack), -(-units * unit * length // (limit * layout.dp)))
     if layout.vpp > 1:
         number = -(-number // layout.pp) * layout.pp
     return Microbatches(number, min(per_pack, own))

@@ -89,7 +89,7 @@ def test_the_cache_is_that_of_the_generator() -> None:
 def test_a_cache_without_room_for_the_longest_request_does_not_fit() -> None:
     plan = planned("sampling.cache_gib=0.1")
     (fault,) = plan.faults
-    assert "room for 25 pages of 32 tokens" in fault
+    assert "room for 51 pages of 32 tokens" in fault
     assert "needs 128" in fault  # two flights of 64 pages
     assert plan.worst.total < H100.memory
 

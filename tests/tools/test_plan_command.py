@@ -64,7 +64,7 @@ def test_a_search_prints_arguments_that_can_be_pasted(capsys: pytest.CaptureFixt
         ([*NODE, "--model", "llama-7"], "did you mean llama-7b"),
         (["--gpus", "12", "--gpu", "h100"], "tp 4 * pp 2 = 8 does not divide the 12 ranks"),
         ([*NODE, "parallel.tp=3"], "does not divide the 8 ranks"),
-        ([*NODE, "model.init.num_heads=30", "model.init.head_dim=128"], "num_heads 30 of the model is not divisible"),
+        ([*NODE, "model.init.ffn_hidden_size=11010"], "parallel.policy: ffn_hidden_size 11010 of the model is not"),
         ([*NODE, "sampling.max_new_token=3"], "did you mean sampling.max_new_tokens"),
         ([*NODE, "--response", "0"], "expected a number of tokens"),
         (["absent.toml", *NODE], "absent.toml"),
