@@ -54,6 +54,9 @@ def main(argv: Sequence[str]) -> None:
     console.print(_heading(plan, gpu))
     for table in (_models(plan), _memory(plan), _times(plan)):
         console.print(table)
+    hosts = [f"{memory.role.name} {memory.host / GIB:.1f}" for memory in plan.worst.roles if memory.host]
+    if hosts:
+        console.print(f"A checkpoint takes host memory on each rank of the first replica, GiB: {', '.join(hosts)}.")
     if arguments.search:
         found = search(plan, gpu, lambda config, world_size: replan(config, world_size=world_size))
         console.print(_proposed(found) if found else "No layout of these models fits; take more GPUs.")

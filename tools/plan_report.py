@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ppomax.engine.config import RunConfig
@@ -14,6 +15,7 @@ from ppomax.engine.plan.models import MODELS
 from ppomax.engine.plan.plan import Plan, make_plan
 from ppomax.engine.plan.search import search
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "examples/configs/ppo_max_llama7b.toml"
 GPU_NAMES = ("a100-40g", "a100-80g", "h100", "h200")
 CLUSTERS = {"llama-7b": (8, 16, 32, 64), "llama-13b": (8, 16, 32, 64), "llama-70b": (32, 64, 128, 256)}
@@ -55,43 +57,62 @@ def tables() -> str:
     ]
     for model in MODELS:
         parts.append(f"## {model}\n{_clusters(model)}")
-    parts.append(f"## Where the memory goes\n{_kinds()}")
-    parts.append(f"## Scaling\n{_scaling()}\n\n![weak and strong scaling](scaling.png)")
+    parts.append(f"## Where the memory goes\n{kinds()}")
+    parts.append(f"## Scaling\n{scaling()}\n\n![weak and strong scaling](scaling.png)")
     return "\n\n".join(parts) + "\n"
 
 
 def _config() -> RunConfig:
-    return load_config(CONFIG, [], command="ppo", for_planning=True)
+    return load_config(str(ROOT / CONFIG), [], command="ppo", for_planning=True)
 
 
 def _plan(config: RunConfig, model: str, gpus: int, gpu: Gpu) -> Plan:
     return make_plan(config, "ppo", gpus, gpu=gpu, model=MODELS[model])
 
 
+def _replan(model: str, gpu: Gpu, config: RunConfig, world_size: int) -> Plan:
+    return _plan(config, model, world_size, gpu)
+
+
+def _layout_text(plan: Plan) -> str:
+    """tp x pp of each role, roles alike together, and vpp where there is more than one chunk."""
+    names: dict[str, list[str]] = {}
+    for role in plan.roles:
+        layout = role.layout
+        text = f"{layout.tp} x {layout.pp}" + (f", vpp {layout.vpp}" if layout.vpp > 1 else "")
+        names.setdefault(text, []).append(role.name)
+    texts = [f"{' + '.join(roles)} {text}" if len(names) > 1 else f"all {text}" for text, roles in names.items()]
+    return f"{'; '.join(texts)}; recompute {plan.config.model.recompute}"
+
+
 def _clusters(model: str) -> str:
     """The fastest layout that fits, for some numbers of some GPUs."""
-    rows = [("GPUs", "GPU", "seconds an iteration", "tokens / s / GPU", "GiB", "of", "fastest layout that fits")]
+    rows = [
+        (
+            "GPUs",
+            "GPU",
+            "seconds an iteration",
+            "tokens / s / GPU",
+            "GiB",
+            "of",
+            "tp x pp of the fastest layouts that fit",
+        )
+    ]
     for gpus in CLUSTERS[model]:
         for name in GPU_NAMES:
             gpu = GPUS[name]
             start = with_values(_config(), with_layout("tp", 1) | with_layout("pp", 1))
-            found = search(
-                _plan(start, model, gpus, gpu),
-                gpu,
-                lambda config, world_size, gpu=gpu: _plan(config, model, world_size, gpu),
-                most=1,
-            )
+            found = search(_plan(start, model, gpus, gpu), gpu, partial(_replan, model, gpu), most=1)
             if not found:
                 rows.append((str(gpus), name, "", "", "", f"{gpu.memory / GIB:.1f}", "none fits"))
                 continue
             plan = found[0].plan
-            layout = " ".join(found[0].overrides()).replace("parallel.sequence_parallel=true ", "")
             numbers = (f"{plan.seconds:.1f}", f"{plan.tokens_per_second:.0f}", f"{plan.worst.total / GIB:.1f}")
-            rows.append((str(gpus), name, *numbers, f"{gpu.memory / GIB:.1f}", f"`{layout}`"))
+            rows.append((str(gpus), name, *numbers, f"{gpu.memory / GIB:.1f}", _layout_text(plan)))
     return _markdown(rows)
 
 
-def _kinds() -> str:
+def kinds() -> str:
     """By kind, at the fullest phase, of one layout for each model."""
     rows = [("model", "GPUs", "tp x pp x dp", "phase", *(kind.replace("_", " ") for kind in KINDS), "sum, GiB")]
     for curve in CURVES:
@@ -130,7 +151,7 @@ def points(curve: Curve) -> Iterator[Point]:
         gpus *= 2
 
 
-def _scaling() -> str:
+def scaling() -> str:
     rows = [("model", "tp x pp", "GPUs", "weak: seconds", "weak: efficiency", "strong: seconds", "strong: efficiency")]
     for curve in CURVES:
         first = None
@@ -143,7 +164,8 @@ def _scaling() -> str:
     text = (
         f"h100, full recomputation, one layout for all roles. Weak: {PER_GPU} responses for each GPU. Strong: the "
         "responses of 16 of the smallest clusters, whatever the cluster. A minibatch is a quarter of them. Efficiency: "
-        "time of the smallest cluster over time (times its share of the GPUs, where the work stays the same)."
+        "time of the smallest cluster over time (times its share of the GPUs, where the work stays the same); above 1 "
+        "where more replicas leave more memory of each GPU to the key / value cache."
     )
     return f"{text}\n\n{_markdown(rows)}"
 

@@ -54,8 +54,13 @@ def saved_bytes(
     """Of all micro-batches in flight on one rank, each of `tokens` tokens."""
     sp = layout.tp if sequence_parallel else 1
     layers = num_layers(shape, layout)
-    options = {"itemsize": itemsize, "sequence_parallel": sequence_parallel}
-    per_token = layers * layer_bytes(shape, layout.tp, recompute=recompute, **options)
+
+    def of_layer(recompute: str) -> float:
+        return layer_bytes(
+            shape, layout.tp, itemsize=itemsize, sequence_parallel=sequence_parallel, recompute=recompute
+        )
+
+    per_token = layers * of_layer(recompute)
     if layout.pp > 1:
         per_token += itemsize * shape.hidden_size / sp  # what a chunk sends is kept for its backward pass
     saved = chunks_in_flight(layout, pp_rank, num_microbatches) * per_token * tokens
@@ -63,7 +68,7 @@ def saved_bytes(
         # Of one micro-batch: what the last norm read, and the gradient of hidden states that the head gives at once.
         saved += tokens * ((itemsize * shape.hidden_size + 4) / sp + itemsize * shape.hidden_size)
     if recompute == "full":  # of the layer whose backward pass runs
-        saved += tokens * layer_bytes(shape, layout.tp, recompute="none", **options)
+        saved += tokens * of_layer("none")
     return int(saved)
 
 

@@ -105,7 +105,7 @@ def role_memory(
     cache = None
     if role.samples:
         cache = _cache(role, config, workload)
-        extra["rollout"] = _rollout(role, config, workload)
+        extra["rollout"] = _rollout(role, raw, config, workload, device)
         if config.sampling.backend == "vllm":
             copied = itemsize * shape.num_parameters() // (layout.tp * layout.pp)
             extra["rollout"] = Bytes(weights=copied, buffers=3 * largest)
@@ -165,14 +165,15 @@ def _pack_bytes(tokens: int, role: PlannedRole, workload: Workload) -> int:
     return tokens * (32 + 4 * role.shape.head_dim) + 48 * workload.sequences * workload.longest
 
 
-def _rollout(role: PlannedRole, config: RunConfig, workload: Workload) -> Bytes:
-    """One step of generation, on the stage that draws."""
+def _rollout(role: PlannedRole, numel: int, config: RunConfig, workload: Workload, device: str) -> Bytes:
+    """One step of generation, on the stage that draws. A CPU has the weights a second time, transposed."""
     shape, layout, itemsize = role.shape, role.layout, ITEMSIZE[config.model.dtype]
-    running = min(config.sampling.batch_size, -(-workload.sequences // layout.dp))
-    drawn = -(-running // layout.pp)
-    step = min(config.sampling.tokens_per_step, -(-workload.sequences // layout.dp) * workload.longest)
+    requests = -(-workload.sampled // layout.dp)
+    drawn = -(-min(config.sampling.batch_size, requests) // layout.pp)
+    step = min(config.sampling.tokens_per_step, requests * workload.longest)
     columns = vocabulary_matrix(shape, layout.tp) // shape.hidden_size
     return Bytes(
+        weights=itemsize * numel if device == "cpu" else 0,
         activations=pass_bytes(
             shape, layout.tp, tokens=step, itemsize=itemsize, sequence_parallel=False, backward=False
         ),
@@ -184,7 +185,7 @@ def _rollout(role: PlannedRole, config: RunConfig, workload: Workload) -> Bytes:
 def _cache(role: PlannedRole, config: RunConfig, workload: Workload) -> Cache:
     """As rollout/generate.py makes it: one part for each flight, of as many as there are pipeline stages."""
     shape, layout, sampling = role.shape, role.layout, config.sampling
-    requests = -(-max(workload.sequences, config.ppo.over_sampling_size) // layout.dp)
+    requests = -(-workload.sampled // layout.dp)
     flights = min(layout.pp, requests)
     running = min(-(-sampling.batch_size // flights), -(-requests // flights))
     longest = pages_for(min(workload.longest, shape.max_position_embeddings), sampling.page_size)

@@ -1,10 +1,11 @@
-"""The layouts of a cluster that fit, fastest first by predicted time.
+"""The layouts of a cluster that fit, fastest first by predicted time; of those alike, the plainest.
 
 Times of roles add up, and so do their bytes, as long as they take turns: so each role's layouts are planned once, the
 combinations are ranked by sums, and the best of them are planned whole.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ from ppomax.engine.plan.workload import Workload
 WHOLE_PLANS = 60
 """Combinations, the best by their sums, that are planned whole."""
 LARGEST_PP = 16
+ALIKE = 0.02
+"""Predicted times that differ by this fraction say nothing about which layout is faster."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,14 @@ def search(plan: Plan, gpu: Gpu, replan: Callable[[RunConfig, int], Plan], *, mo
             whole = replan(with_values(plan.config, values), plan.world_size)
             if not whole.faults:
                 found.append(Found(whole, values))
-    found.sort(key=lambda one: one.plan.seconds)
+    found.sort(key=lambda one: _rank(one.plan.seconds, [role.layout for role in one.plan.roles]))
     return found[:most]
+
+
+def _rank(seconds: float, layouts: Sequence[ParallelLayout]) -> tuple[int, int, int, float]:
+    """Of what is equally fast as far as the model can tell, the plainest first: few layouts, few chunks."""
+    alike = round(math.log(seconds) / math.log(1 + ALIKE))
+    return alike, len(set(layouts)), sum(layout.vpp for layout in layouts), seconds
 
 
 def _combinations(plan: Plan, config: RunConfig, gpu: Gpu) -> Iterator[tuple[ParallelLayout, ...]]:
@@ -85,7 +94,7 @@ def _combinations(plan: Plan, config: RunConfig, gpu: Gpu) -> Iterator[tuple[Par
         size = sum(candidate.state for candidate in choice) + max(candidate.extra for candidate in choice)
         if size <= capacity:
             fitting.append((sum(candidate.seconds for candidate in choice), choice))
-    fitting.sort(key=lambda item: item[0])
+    fitting.sort(key=lambda item: _rank(item[0], [candidate.layout for candidate in item[1]]))
     for _, choice in fitting:
         of_role = {role.name: one.layout for group, one in zip(groups, choice, strict=True) for role in group}
         yield tuple(of_role[role.name] for role in plan.roles)

@@ -92,7 +92,7 @@ def rollout_cost(role: PlannedRole, config: RunConfig, workload: Workload, gpu: 
     hop = _send(message, layout, gpu)
     step = Cost(stage) + sums + hop
     # Each flight takes its turn on every stage: one token of all flights takes as many turns as there are stages.
-    tokens = -(-requests // running) * workload.response
+    tokens = workload.response * requests / running
     return Cost(prefill) + step.times(tokens * layout.pp)
 
 

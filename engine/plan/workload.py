@@ -13,7 +13,7 @@ USUAL_PROMPT = 512
 class Workload:
     """sequences: of an iteration, over all replicas. minibatch: of them, those of one optimizer step. steps: optimizer
     steps. ptx: dialogues beside a minibatch. prompt, response: mean tokens. longest: tokens of the longest sequence.
-    unit: sequences that stay in one micro-batch.
+    sampled: responses under way at once, at most. unit: sequences that stay in one micro-batch.
     """
 
     sequences: int
@@ -23,6 +23,7 @@ class Workload:
     prompt: int
     response: int
     longest: int
+    sampled: int = 0
     unit: int = 1
 
     @property
@@ -40,6 +41,7 @@ def make_workload(
     longest, ppo = config.data.max_length, config.ppo
     response = min(response or config.sampling.max_new_tokens, longest - 1)
     prompt = min(prompt or USUAL_PROMPT, longest - response)
+    evaluated = config.monitor.eval_size * config.monitor.eval_best_of
     if command == "sft":
         size = config.train.batch_size
         return Workload(size, size, 1, 0, prompt, response, longest)
@@ -47,11 +49,12 @@ def make_workload(
         pairs = max(1, min(config.reward.max_pairs, config.reward.tokens_per_batch // (2 * (prompt + response))))
         return Workload(2 * pairs, 2 * pairs, 1, 0, prompt, response, longest, unit=2)
     if command == "evaluate":
-        return Workload(config.monitor.eval_size, 0, 0, 0, prompt, response, longest)
+        return Workload(evaluated, 0, 0, 0, prompt, response, longest, evaluated)
     steps = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
     has_ptx = command == "ppo" and ppo.ptx_coef > 0 and bool(config.data.ptx)
     ptx = max(1, round(ppo.ptx_ratio * ppo.minibatch_size)) if has_ptx else 0
-    return Workload(ppo.rollout_size, ppo.minibatch_size, steps, ptx, prompt, response, longest)
+    sampled = max(ppo.rollout_size, ppo.over_sampling_size, evaluated if command == "ppo" and config.data.eval else 0)
+    return Workload(ppo.rollout_size, ppo.minibatch_size, steps, ptx, prompt, response, longest, sampled)
 
 
 @dataclass(frozen=True)

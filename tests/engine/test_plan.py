@@ -1,5 +1,6 @@
 """The planner's arithmetic: phases, cache, faults and advice, times and volumes, search."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -245,7 +246,8 @@ def test_the_search_finds_layouts_that_fit_and_beat_the_one_given() -> None:
 
     found = search(plan, H100, replan)
     assert len(found) == 5
-    assert [one.plan.seconds for one in found] == sorted(one.plan.seconds for one in found)
+    seconds = [one.plan.seconds for one in found]
+    assert all(later > 0.97 * earlier for earlier, later in itertools.pairwise(seconds))
     assert found[0].plan.seconds < plan.seconds
     for one in found:
         assert one.plan.faults == []
@@ -280,3 +282,11 @@ def test_published_sizes_add_up_to_the_names() -> None:
     assert sizes == {"llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-70b": 68_976_648_192}
     with pytest.raises(ConfigError, match="did you mean llama-7b"):
         known_model("llama-7")
+
+
+def test_the_committed_report_is_what_the_planner_says_now() -> None:
+    from ppomax.tools.plan_report import kinds, scaling
+
+    committed = (Path(__file__).parents[2] / "docs/planning/tables.md").read_text()
+    for part in (kinds, scaling):
+        assert part() in committed, "run `python -m ppomax.tools.plan_report` from the root of the repository"
