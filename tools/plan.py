@@ -103,9 +103,9 @@ def _models(plan: Plan) -> Table:
     table = Table(
         "role", "parameters", "tp", "pp", "vpp", "dp", "largest share of a rank", "shape from", title="Models"
     )
-    for i, role in enumerate(plan.roles):
+    for role in plan.roles:
         layout = role.layout
-        most = max(rank.roles[i].numel for rank in plan.ranks)
+        most = max(memory.numel for rank in plan.ranks for memory in rank.roles if memory.role == role)
         sizes = (str(size) for size in (layout.tp, layout.pp, layout.vpp, layout.dp))
         table.add_row(role.name, f"{role.shape.num_parameters():,}", *sizes, f"{most:,}", role.source)
     return table

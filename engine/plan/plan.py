@@ -1,6 +1,5 @@
 """The plan of a stage: bytes of every rank in every phase, predicted times, and whether it fits."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -62,8 +61,10 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """capacity: bytes of one GPU, None where nothing limits them. cache_pages: of the key / value cache on one rank,
-    None without sampling. costs: by (role, phase), empty without a GPU to predict for.
+    """ranks: those that differ, each once. place: of every rank of the run, its number among them.
+
+    capacity: bytes of one GPU, None where nothing limits them. cache_pages: of the key / value cache on one rank, None
+    without sampling. costs: by (role, phase), empty without a GPU to predict for.
     """
 
     config: RunConfig
@@ -72,6 +73,7 @@ class Plan:
     workload: Workload
     roles: tuple[PlannedRole, ...]
     ranks: tuple[RankPlan, ...]
+    place: tuple[int, ...]
     capacity: int | None
     cache_pages: int | None
     costs: dict[tuple[str, str], Cost]
@@ -82,7 +84,7 @@ class Plan:
 
     def rank(self, rank: int) -> RankPlan:
         """What holds for a rank of the run."""
-        return self.ranks[rank % len(self.ranks)]
+        return self.ranks[self.place[rank]]
 
     @property
     def faults(self) -> list[str]:
@@ -143,16 +145,15 @@ def make_plan(
         for role in roles
         for stage in range(role.layout.pp)
     }
-    # Stages repeat with every replica.
-    period = math.lcm(*(role.layout.tp * role.layout.pp for role in roles))
-    ranks = [
-        RankPlan(rank, tuple(memories[role.name, role.layout.coordinates(rank)[1]] for role in roles))
-        for rank in range(period)
-    ]
+    keys = [tuple((role.name, role.layout.coordinates(rank)[1]) for role in roles) for rank in range(world_size)]
+    first = {key: keys.index(key) for key in dict.fromkeys(keys)}
+    ranks = [RankPlan(rank, tuple(memories[one] for one in key)) for key, rank in first.items()]
+    number = {key: i for i, key in enumerate(first)}
+    place = tuple(number[key] for key in keys)
     pages = _cache_pages(ranks, config, capacity)
     if pages is not None:
         ranks = [replace(rank, roles=tuple(_with_cache(role, pages) for role in rank.roles)) for rank in ranks]
-    plan = Plan(config, command, world_size, workload, tuple(roles), tuple(ranks), capacity, pages, {})
+    plan = Plan(config, command, world_size, workload, tuple(roles), tuple(ranks), place, capacity, pages, {})
     return plan if gpu is None else replace(plan, costs=_costs(plan, gpu))
 
 
@@ -185,7 +186,9 @@ def _cache_pages(ranks: list[RankPlan], config: RunConfig, capacity: int | None)
 def _costs(plan: Plan, gpu: Gpu) -> dict[tuple[str, str], Cost]:
     config, workload = plan.config, plan.workload
     costs: dict[tuple[str, str], Cost] = {}
-    for role, memory in zip(plan.roles, plan.ranks[0].roles, strict=True):
+    memories = {memory.role.name: memory for rank in plan.ranks for memory in rank.roles}
+    for role in plan.roles:
+        memory = memories[role.name]
         costs[role.name, "load"] = load_cost(role, config, plan.world_size, gpu)
         if role.samples:
             assert memory.cache is not None

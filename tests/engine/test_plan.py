@@ -106,7 +106,9 @@ def test_mixed_layouts_meet_on_the_fullest_rank() -> None:
     plan = planned(
         "parallel.policy.pp=4", "parallel.policy.tp=1", "parallel.critic.pp=2", "parallel.reward.tp=1", gpus=16
     )
-    assert len(plan.ranks) == 8
+    # Policy stages of one rank each, critic stages of four: after 8 ranks both begin anew.
+    assert [len(plan.ranks), len(plan.place)] == [8, 16]
+    assert plan.rank(3) == plan.rank(11) != plan.rank(7)
     assert plan.worst.total == max(
         max(rank.peak(phase).total for phase in rank.phases) for rank in (plan.rank(r) for r in range(16))
     )
