@@ -16,7 +16,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
 from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
-from ppomax.engine.errors import ConfigError
+from ppomax.engine.errors import ConfigError, DoesNotFitError
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
@@ -84,11 +84,17 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         for line in measured_lines(plan, peaks, what=meter.what):
             log.say(line)
         log.write_json("plan.json", plan_record(plan, peaks, what=meter.what))
-    except BaseException:
+    except BaseException as error:
         # Peers may wait in a collective: leaving the group could wait for them in turn. The process ends, and torchrun
         # ends the others.
         if dist.get_world_size() == 1:
             stop()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise DoesNotFitError(
+                f"rank {os.environ.get('RANK', '0')} ran out of memory: {error}\n{summary_lines(plan)[-1]}; lower "
+                "train.tokens_per_microbatch or sampling.cache_gib, set model.recompute=full, or raise tp or pp "
+                "(`ppomax plan` tries changes)"
+            ) from error
         raise
     stop()
 

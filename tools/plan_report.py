@@ -18,7 +18,7 @@ from ppomax.engine.plan.search import search
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "examples/configs/ppo_max_llama7b.toml"
 GPU_NAMES = ("a100-40g", "a100-80g", "h100", "h200")
-CLUSTERS = {"llama-7b": (8, 16, 32, 64), "llama-13b": (8, 16, 32, 64), "llama-70b": (32, 64, 128, 256)}
+CLUSTERS = {"llama-7b": (4, 8, 16, 32, 64), "llama-13b": (8, 16, 32, 64), "llama-70b": (32, 64, 128, 256)}
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,11 @@ def _changes(plan: Plan, largest_tp: int) -> Iterator[tuple[str, dict[str, Any],
             values["parallel.sequence_parallel"] = True
             text += " parallel.sequence_parallel=true"
         ranks = max(world, sizes["tp"] * sizes["pp"])
-        text += f" on {ranks} GPUs" if ranks > world else ""
-        yield text, values, ranks
+        where = f" on {ranks} GPUs" if ranks > world else ""
+        yield f"{text}{where}", values, ranks
         if full:
-            yield f"{text} model.recompute=full", values | full, ranks
+            yield f"{text} model.recompute=full{where}", values | full, ranks
     for factor in (2, 4, 8):
-        yield f"{world * factor} GPUs", {}, world * factor
+        yield f"the same on {world * factor} GPUs", {}, world * factor
         if full:
-            yield f"{world * factor} GPUs model.recompute=full", full, world * factor
+            yield f"model.recompute=full on {world * factor} GPUs", full, world * factor

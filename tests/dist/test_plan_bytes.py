@@ -1,8 +1,10 @@
 """The plan's bytes against what roles really allocate, exactly, and its activations against what autograd keeps."""
 
 import gc
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,3 +243,20 @@ def test_micro_batches_in_flight_are_those_of_megatrons_schedule(
     layout = ParallelLayout(tp=1, pp=sizes[0], dp=1, vpp=sizes[1])
     found = on_ranks(layout.num_ranks, most_in_flight, layout, num_microbatches)
     assert found == [chunks_in_flight(layout, rank, num_microbatches) for rank in range(layout.pp)]
+
+
+def run_sft(config: dict[str, Any]) -> None:
+    from ppomax.engine.train_sft import run
+
+    run(RunConfig.model_validate(config))
+
+
+def test_every_rank_of_a_run_is_compared_with_its_own_plan(on_ranks: OnRanks, tiny: Any, tmp_path: Path) -> None:
+    on_ranks(2, run_sft, tiny.config("sft", tmp_path / "run", parallel={"pp": 2}))
+    first, last = json.loads((tmp_path / "run" / "plan.json").read_text())["ranks"]
+    assert [first["rank"], last["rank"]] == [0, 1]
+    assert first["measured"] > 0
+    assert last["measured"] > 0
+    # Two layers of 7808 numbers, their starts padded to 64, and 277 x 32 of embedding or head: 24480, up to 24576; the
+    # last norm falls into the padding.
+    assert [rank["phases"]["update"]["weights"] for rank in (first, last)] == [4 * 24576] * 2

@@ -95,6 +95,22 @@ def test_a_cache_without_room_for_the_longest_request_does_not_fit() -> None:
     assert plan.worst.total < H100.memory
 
 
+def test_vllm_brings_a_copy_of_the_weights_to_a_rollout() -> None:
+    embedded, vllm = (
+        planned(f"sampling.backend={backend}").ranks[0].peak("rollout").weights for backend in ("embedded", "vllm")
+    )
+    assert vllm - embedded == 2 * 6_738_415_616 // 8
+
+
+def test_a_rollout_has_room_for_evaluations_and_over_sampling() -> None:
+    few = ["ppo.rollout_size=32", "monitor.eval_size=8", "sampling.batch_size=64"]
+    pages = [
+        planned(*few, more).cache_pages
+        for more in ("train.seed=1", "monitor.eval_size=48", "ppo.over_sampling_size=40")
+    ]
+    assert pages == [32 * 64, 48 * 64, 40 * 64]
+
+
 def test_tied_embeddings_and_uneven_stages_are_planned_rank_by_rank() -> None:
     shape = replace(MODELS["llama-7b"], tie_embeddings=True)
     plan = planned("parallel.tp=1", "parallel.pp=4", gpus=4, model=shape)

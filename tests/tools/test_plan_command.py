@@ -39,8 +39,7 @@ def test_one_that_does_not_fit_ends_with_3_and_says_what_to_change(capsys: pytes
     assert "rank 0 needs" in err
     line = err.split("Any of these makes it fit:\n")[1].splitlines()[0]
     arguments, _, gpus = line.partition(":")[0].partition(" on ")
-    words = [*arguments.split(), *gpus.partition("GPUs")[2].split()]
-    assert cli.main(["plan", CONFIG, *words, "--gpus", gpus.split()[0], "--gpu", "a100-80g"]) == 0
+    assert cli.main(["plan", CONFIG, *arguments.split(), "--gpus", gpus.split()[0], "--gpu", "a100-80g"]) == 0
 
 
 def test_a_search_prints_arguments_that_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,3 +134,20 @@ def test_a_run_that_cannot_fit_its_gpu_ends_before_it_starts(
         assert "parallel.check_memory=false" in said(capsys)[1]
     assert cli.main(["sft", *words, "--dry-run", "parallel.check_memory=false"]) == 0
     assert "# plan total: rank 0 has the most" in said(capsys)[0]
+
+
+def test_running_out_of_memory_all_the_same_is_a_message_with_the_plan(
+    sft: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from ppomax.engine import train_sft
+
+    def run_out(*_: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(train_sft, "language_model_gradients", run_out)
+    with pytest.raises(DoesNotFitError, match="Tried to allocate 2 GiB") as raised:
+        train_sft.run(sft)
+    assert "plan total: rank 0 has the most" in str(raised.value)
+    assert not torch.distributed.is_initialized()
