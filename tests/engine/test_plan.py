@@ -213,6 +213,14 @@ def test_volumes_by_hand() -> None:
     assert pp == pytest.approx(128 * 1024 * 4096 * 2)
 
 
+def test_full_recomputation_costs_one_more_forward_pass() -> None:
+    none, full = (
+        planned(f"model.recompute={how}", "parallel.tp=1", "parallel.pp=1", gpus=1).costs["critic", "update"].seconds
+        for how in ("none", "full")
+    )
+    assert 1.25 < full / none < 4 / 3
+
+
 def test_the_bubble_is_pp_minus_1_micro_batches_and_vpp_divides_it() -> None:
     def seconds(*overrides: str) -> float:
         return planned("parallel.tp=1", *overrides, gpus=8).costs["reward", "scoring"].seconds
@@ -282,6 +290,11 @@ def test_no_layout_of_70b_fits_one_node_of_40_gb() -> None:
         return make_plan(config, "ppo", world_size, gpu=gpu, model=MODELS["llama-70b"])
 
     assert search(plan, gpu, replan) == []
+
+
+def test_the_search_drops_layouts_whose_cache_is_too_small() -> None:
+    plan = planned("sampling.cache_gib=0.001")
+    assert search(plan, H100, lambda config, world_size: make_plan(config, "ppo", world_size, gpu=H100)) == []
 
 
 @pytest.mark.parametrize(
