@@ -437,7 +437,7 @@ class TrainConfig(Section):
     """The run itself."""
 
     output: str = "runs/run"
-    """Run folder: config.toml, versions.json, metrics.jsonl, checkpoints and the final hf/ folder."""
+    """Run folder: config.toml, versions.json, plan.json, metrics.jsonl, checkpoints and the final hf/ folder."""
     steps: Count = 0
     """Optimizer steps of sft and reward (0: from their epochs), PPO iterations (rollouts) of critic and ppo."""
     batch_size: Positive = 32
