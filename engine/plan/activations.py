@@ -53,7 +53,7 @@ def saved_bytes(
 ) -> int:
     """Of all micro-batches in flight on one rank, each of `tokens` tokens."""
     sp = layout.tp if sequence_parallel else 1
-    layers = num_layers(shape, layout)
+    layers = num_layers(shape, layout, pp_rank)
 
     def of_layer(recompute: str) -> float:
         return layer_bytes(

@@ -104,7 +104,7 @@ def role_memory(
         extra["checkpoint"] = Bytes(buffers=max(4 * state.numel, 3 * largest))
     cache = None
     if role.samples:
-        cache = _cache(role, config, workload)
+        cache = _cache(role, pp_rank, config, workload)
         extra["rollout"] = _rollout(role, raw, config, workload, device)
         if config.sampling.backend == "vllm":
             copied = itemsize * shape.num_parameters() // (layout.tp * layout.pp)
@@ -182,14 +182,14 @@ def _rollout(role: PlannedRole, numel: int, config: RunConfig, workload: Workloa
     )
 
 
-def _cache(role: PlannedRole, config: RunConfig, workload: Workload) -> Cache:
+def _cache(role: PlannedRole, pp_rank: int, config: RunConfig, workload: Workload) -> Cache:
     """As rollout/generate.py makes it: one part for each flight, of as many as there are pipeline stages."""
     shape, layout, sampling = role.shape, role.layout, config.sampling
     requests = -(-workload.sampled // layout.dp)
     flights = min(layout.pp, requests)
     running = min(-(-sampling.batch_size // flights), -(-requests // flights))
     longest = pages_for(min(workload.longest, shape.max_position_embeddings), sampling.page_size)
-    layers = num_layers(shape, layout) * layout.vpp
+    layers = num_layers(shape, layout, pp_rank) * layout.vpp
     groups = max(1, shape.num_query_groups // layout.tp)
     page = 2 * sampling.page_size * layers * groups * shape.head_dim * ITEMSIZE[config.model.dtype]
     return Cache(page, wanted=flights * running * longest, least=flights * longest)

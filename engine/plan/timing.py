@@ -20,7 +20,7 @@ from ppomax.engine.plan.gpus import (
     Gpu,
 )
 from ppomax.engine.plan.models import PlannedRole
-from ppomax.engine.plan.weights import ITEMSIZE, layer_matrices, vocabulary_matrix
+from ppomax.engine.plan.weights import ITEMSIZE, layer_matrices, num_layers, vocabulary_matrix
 from ppomax.engine.plan.workload import Workload, microbatches
 
 OPTIMIZER_BYTES = {"fp32": 28, "bf16": 30}
@@ -144,20 +144,22 @@ def _passes(
     passes = 1
     if backward:
         passes = 4 if config.model.recompute == "full" else 3
-    layers = shape.num_layers / layout.pp
-    body = passes * packs.tokens * forward_flops(shape, length) / (layout.tp * layout.pp)
-    if backward and config.model.recompute == "selective":
-        body += packs.tokens * 2 * shape.num_heads * shape.head_dim * length * layers / layout.tp
-    compute = max(body / speed, passes * layers * HOST_SECONDS)
-    # The stage with the head is the slowest; the others wait for it.
-    head_flops = (6 if backward else 2) * packs.tokens * rows / length * vocabulary_matrix(shape, layout.tp)
     message = itemsize * packs.tokens * shape.hidden_size
     # Two sums a layer forward, two backward; sequence parallelism gathers the inputs of two matrices once more.
     num_sums = 2 * passes if passes < 3 else 2 * (passes - 1) + (1 if config.parallel.sequence_parallel else 0)
-    sums = _all_reduce(message, layout.tp, gpu, _tp_link(layout, gpu)).times(num_sums * layers)
+    sums = _all_reduce(message, layout.tp, gpu, _tp_link(layout, gpu)).times(num_sums)
     sequence_share = layout.tp if config.parallel.sequence_parallel else 1
     hops = _send(message / sequence_share, layout, gpu).times((2 if backward else 1) * layout.vpp)
-    microbatch = Cost(compute + head_flops / speed) + sums + hops
+    flops = passes * packs.tokens * forward_flops(shape, length) / shape.num_layers
+    if backward and config.model.recompute == "selective":
+        flops += packs.tokens * 2 * shape.num_heads * shape.head_dim * length
+    layer = Cost(max(flops / layout.tp / speed, passes * HOST_SECONDS)) + sums
+    head_flops = (6 if backward else 2) * packs.tokens * rows / length * vocabulary_matrix(shape, layout.tp)
+    stages = []
+    for stage in range(layout.pp):
+        head = Cost(head_flops / speed) if stage == layout.pp - 1 else Cost()
+        stages.append(layer.times(num_layers(shape, layout, stage) * layout.vpp) + head + hops)
+    microbatch = max(stages, key=lambda stage: stage.seconds)  # the others wait for it
     bubble = (layout.pp - 1) / layout.vpp * microbatch.seconds
     return microbatch.times(packs.number) + Cost(bubble)
 

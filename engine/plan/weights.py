@@ -25,8 +25,8 @@ class Parameter:
     is_shared: bool = False
 
 
-def num_layers(shape: ModelShape, layout: ParallelLayout) -> int:
-    """Of one chunk."""
+def num_layers(shape: ModelShape, layout: ParallelLayout, pp_rank: int) -> int:
+    """Of each chunk of a pipeline rank."""
     return shape.num_layers // (layout.pp * layout.vpp)
 
 
@@ -57,7 +57,7 @@ def chunk_parameters(
     matrices = layer_matrices(shape, layout.tp)
     if is_first:
         yield Parameter(vocabulary_matrix(shape, layout.tp), is_shared=is_copied)
-    for _ in range(num_layers(shape, layout)):
+    for _ in range(num_layers(shape, layout, pp_rank)):
         yield Parameter(hidden)
         yield Parameter(matrices["linear_proj"])
         yield Parameter(matrices["linear_qkv"])
