@@ -10,6 +10,7 @@ FOLDERS = (
     "engine/parallel",
     "engine/models",
     "engine/data",
+    "engine/plan",
     "engine/rollout",
     "engine/ppo",
     "tools",

@@ -40,6 +40,7 @@ STAGES = {
 TOOLS = {
     "generate": "responses of a model to a file of prompts, one JSON row each; also under torchrun",
     "chat": "talk to a model in this terminal",
+    "plan": "memory per GPU and predicted time of a stage, before launch: does it fit, what to change; no GPU needed",
     "convert": "Hugging Face to Megatron and back, inspect, verify, reshard, weight diffs (`ppomax convert --help`)",
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
@@ -95,6 +96,10 @@ def _dispatch(argv: list[str]) -> None:
         from ppomax.tools.chat import main as chat
 
         chat(rest)
+    elif command == "plan":
+        from ppomax.tools.plan import main as plan
+
+        plan(rest)
     elif command == "convert":
         from ppomax.tools.convert import main as convert
 
@@ -137,13 +142,13 @@ def _stage(command: str, argv: list[str]) -> None:
         world_size = arguments.world_size
     check_layout(config, world_size)
     check_paths(config, command)
-    from ppomax.engine.dry_run import check_inputs, check_models
+    from ppomax.engine.dry_run import check_inputs, check_memory, check_models
 
     lines = check_models(config, command)
     if not arguments.dry_run:
         stage_function(command)(config)
     elif _local_rank() == 0:
-        lines = check_inputs(config, command) + lines
+        lines = check_inputs(config, command) + lines + check_memory(config, command, world_size)
         print(to_toml(config), end="")
         print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
 
@@ -218,12 +223,13 @@ def _versions() -> str:
 def _report(error: PpomaxError) -> None:
     """One message on standard error.
 
-    Before the ranks are joined, all of a node meet the same fault of configuration or data: its first rank speaks. The
-    others wait, because torchrun stops every rank as soon as one has failed, and would stop the speaker too.
+    Before the ranks are joined, all of a node meet the same fault of configuration, data or plan: its first rank
+    speaks. The others wait, because torchrun stops every rank as soon as one has failed, and would stop the speaker
+    too.
     """
     distributed = sys.modules.get("torch.distributed")
     joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if _local_rank() == 0 or joined or not isinstance(error, ConfigError | DataError):
+    if _local_rank() == 0 or joined or not isinstance(error, ConfigError | DataError | DoesNotFitError):
         sys.stderr.write(_prefixed(f"ppomax: {type(error).__name__}: {error}\n"))
     else:
         time.sleep(SECONDS_FOR_THE_FIRST_RANK)

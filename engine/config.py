@@ -109,6 +109,8 @@ class ParallelConfig(Section):
     """Split activations between the tensor-parallel regions along the sequence (no effect at tp = 1)."""
     timeout_seconds: Positive = 600
     """A collective that takes longer fails on every rank."""
+    check_memory: bool = True
+    """On CUDA, end a run before it allocates anything where its plan exceeds the GPU's memory (exit code 3)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -447,7 +449,7 @@ class TrainConfig(Section):
     """The run itself."""
 
     output: str = "runs/run"
-    """Run folder: config.toml, versions.json, metrics.jsonl, checkpoints and the final hf/ folder."""
+    """Run folder: config.toml, versions.json, plan.json, metrics.jsonl, checkpoints and the final hf/ folder."""
     steps: Count = 0
     """Optimizer steps of sft and reward (0: from their epochs), PPO iterations (rollouts) of critic and ppo."""
     batch_size: Positive = 32

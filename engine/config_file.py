@@ -23,11 +23,12 @@ from ppomax.engine.presets import PRESETS, preset_values
 Tree = dict[str, Any]
 
 
-def load_config(path: str | None, overrides: Sequence[str], *, command: str) -> RunConfig:
+def load_config(path: str | None, overrides: Sequence[str], *, command: str, for_planning: bool = False) -> RunConfig:
     """The configuration of one stage.
 
     path: TOML file, or None for defaults alone. overrides: `section.field=value`, the value as TOML or a bare word.
-    command: sft, reward, critic, ppo or evaluate. Raises ConfigError that lists every fault found.
+    command: sft, reward, critic, ppo or evaluate. for_planning: what a run needs besides its sizes (models, data) may
+    be missing. Raises ConfigError that lists every fault found.
     """
     file_layer = _normalised(_read_toml(path)) if path is not None else {}
     line_layer = _normalised(_parse_overrides(overrides))
@@ -35,7 +36,8 @@ def load_config(path: str | None, overrides: Sequence[str], *, command: str) -> 
     preset = _preset_layer(given) if command in ("critic", "ppo") else {}
     layers = {"command line": line_layer, str(path): file_layer, "ppo.preset": preset}
     config = _validate(_merge(preset, given), layers)
-    _raise_if(impossible_combinations(config, command))
+    if not for_planning:
+        _raise_if(impossible_combinations(config, command))
     return config
 
 

@@ -8,6 +8,8 @@ from ppomax.engine.data.tokenizer import load_tokenizer
 from ppomax.engine.errors import DoesNotFitError
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.shape import check_split
+from ppomax.engine.plan.run import plan_run
+from ppomax.engine.plan.summary import summary_lines
 
 
 def check_inputs(config: RunConfig, command: str) -> list[str]:
@@ -15,8 +17,8 @@ def check_inputs(config: RunConfig, command: str) -> list[str]:
 
     Raises the DataError, ConfigError or CheckpointError that the stage itself would end with.
     """
-    data, model = config.data, config.model
-    template = make_template(data, load_tokenizer(model.tokenizer or model.policy or model.reward))
+    data = config.data
+    template = make_template(data, load_tokenizer(_tokenizer(config)))
     limit = data.max_length - config.sampling.max_new_tokens
     lines = []
     for key, sources in (("train", data.train), ("eval", data.eval), ("ptx", data.ptx if command == "ppo" else ())):
@@ -54,3 +56,14 @@ def check_models(config: RunConfig, command: str) -> list[str]:
             )
         lines.append(f"model.{role}: {shape.family}, {shape.num_parameters():,} parameters, {folder}")
     return lines
+
+
+def check_memory(config: RunConfig, command: str, world_size: int) -> list[str]:
+    """The plan of the stage in a few lines. Raises DoesNotFitError where a GPU of this machine has less memory."""
+    return summary_lines(
+        plan_run(config, command, world_size, vocab_size=lambda: load_tokenizer(_tokenizer(config)).vocab_size)
+    )
+
+
+def _tokenizer(config: RunConfig) -> str:
+    return config.model.tokenizer or config.model.policy or config.model.reward

@@ -1,6 +1,7 @@
 """What every stage needs before its own work: device, process groups, tokenizer, template, log; and a clean end."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
 from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
-from ppomax.engine.errors import ConfigError
+from ppomax.engine.errors import ConfigError, DoesNotFitError
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
@@ -25,6 +26,8 @@ from ppomax.engine.models.transformer import DTYPES
 from ppomax.engine.parallel.collectives import raise_on_all
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups
+from ppomax.engine.plan.run import MemoryMeter, plan_run
+from ppomax.engine.plan.summary import measured_lines, plan_record, summary_lines
 from ppomax.engine.ppo.evaluation import EVALUATION_STEP
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.backend import RolloutRequest, as_rollout
@@ -53,29 +56,45 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> Iterator[Session]:
-    """Starts a stage and leaves the process group at its end. tokenizer_source: the model folder that has the
-    tokenizer.
+    """Plans and starts a stage, and leaves the process group at its end. tokenizer_source: the model folder that has
+    the tokenizer. Raises DoesNotFitError, before anything is allocated, where the plan exceeds the GPU's memory.
     """
+    path = config.model.tokenizer or tokenizer_source
+    if not path:
+        raise ConfigError("no tokenizer: set model.tokenizer to a tokenizer folder or file")
+    tokenizer = load_tokenizer(path)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_run(config, command, world_size, vocab_size=lambda: tokenizer.vocab_size)
     device = start(config.parallel.timeout_seconds)
     try:
+        meter = MemoryMeter(device)
         groups = role_groups(config)
-        path = config.model.tokenizer or tokenizer_source
-        if not path:
-            raise ConfigError("no tokenizer: set model.tokenizer to a tokenizer folder or file")
-        tokenizer = load_tokenizer(path)
         template = make_template(config.data, tokenizer)
         resume = find_checkpoint(config.checkpoint.resume, checkpoint_folder(config))
         with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
             log = RunLog(config, command, is_writer=dist.get_rank() == 0, resumed=resume is not None)
+        for line in summary_lines(plan):
+            log.say(line)
+        log.write_json("plan.json", plan_record(plan, None, what=meter.what))
         vllm = _vllm(config, groups["policy"], tokenizer) if command in SAMPLING_STAGES else None
         yield Session(config, device, groups, tokenizer, template, log, resume, vllm)
         if vllm is not None:
             vllm.close()
-    except BaseException:
+        peaks = meter.peaks()
+        for line in measured_lines(plan, peaks, what=meter.what):
+            log.say(line)
+        log.write_json("plan.json", plan_record(plan, peaks, what=meter.what))
+    except BaseException as error:
         # Peers may wait in a collective: leaving the group could wait for them in turn. The process ends, and torchrun
         # ends the others.
         if dist.get_world_size() == 1:
             stop()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise DoesNotFitError(
+                f"rank {os.environ.get('RANK', '0')} ran out of memory: {error}\n{summary_lines(plan)[-1]}; lower "
+                "train.tokens_per_microbatch or sampling.cache_gib, set model.recompute=full, or raise tp or pp "
+                "(`ppomax plan` tries changes)"
+            ) from error
         raise
     stop()
 

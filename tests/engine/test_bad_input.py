@@ -281,6 +281,7 @@ def test_a_reward_model_that_gives_nan_ends_ppo_before_any_weight_changes(
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "config.toml",
         "metrics.jsonl",
+        "plan.json",
         "versions.json",
     ]
 

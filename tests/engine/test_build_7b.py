@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ppomax.engine.parallel.layout import ParallelLayout
+from ppomax.engine.plan.models import MODELS
+from ppomax.engine.plan.weights import num_parameters, stage_parameters
+
 WORKER = Path(__file__).with_name("build_7b_worker.py")
 CONFIG = Path(__file__).resolve().parents[2] / "examples" / "configs" / "ppo_max_llama7b.toml"
 
@@ -16,5 +20,9 @@ def test_the_7b_policy_has_llamas_parameters_over_all_its_ranks() -> None:
     assert built["layout"] == [4, 2]
     assert built["unique"] == 6_738_415_616
     # Each rank holds an eighth, and the norms that all tp ranks have.
-    assert len(built["per_rank"]) == 8
-    assert all(6_738_415_616 / 8 <= size < 6_738_415_616 / 8 * 1.001 for size in built["per_rank"])
+    assert built["per_rank"] == [842_399_744] * 4 + [842_403_840] * 4
+    layout = ParallelLayout(tp=4, pp=2, dp=1)
+    planned = [
+        num_parameters(stage_parameters(MODELS["llama-7b"], layout, layout.coordinates(rank)[1])) for rank in range(8)
+    ]
+    assert planned == built["per_rank"]

@@ -1,0 +1,75 @@
+"""GPUs to plan for: public data-sheet figures, and how much of them a run is expected to reach.
+
+Memory is the data sheet's gigabytes taken as 10^9 bytes. Devices report 2 to 7 % more; that difference is left to the
+CUDA context, NCCL's buffers and what the allocator cannot use.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+from ppomax.engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and its share of a node.
+
+    memory: bytes. flops: dense bf16 operations a second. bandwidth: of its memory, bytes a second. link: to the GPUs of
+    its node, bytes a second in one direction. network: its share of what leaves the node, bytes a second in one
+    direction. per_node: GPUs of a node.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    network: float
+    per_node: int = 8
+
+
+# NVIDIA's data sheets: dense bf16 is half of the rate "with sparsity", a link's direction half of its "total
+# bandwidth". The network is no property of a GPU: 400 Gb/s for each GPU of Hopper nodes and 200 Gb/s of Ampere nodes
+# (DGX H100, DGX A100), 100 Gb/s where GPUs hang on PCIe.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9),
+        Gpu("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9),
+        Gpu("h800", 80e9, 989e12, 3.35e12, 200e9, 50e9),
+        Gpu("h20", 96e9, 148e12, 4.0e12, 450e9, 50e9),
+        Gpu("h100-pcie", 80e9, 756e12, 2.0e12, 64e9, 12.5e9),
+        Gpu("a100-80g", 80e9, 312e12, 2.039e12, 300e9, 25e9),
+        Gpu("a100-40g", 40e9, 312e12, 1.555e12, 300e9, 25e9),
+        Gpu("a800", 80e9, 312e12, 2.039e12, 200e9, 25e9),
+        Gpu("a6000", 48e9, 155e12, 0.768e12, 32e9, 12.5e9),
+        Gpu("l40s", 48e9, 362e12, 0.864e12, 32e9, 12.5e9),
+    )
+}
+
+COMPUTE_EFFICIENCY = 0.5
+"""Of the peak, in matrix products of packed micro-batches with all that lies between them."""
+MEMORY_EFFICIENCY = 0.8
+"""Of the memory's bandwidth, in decoding and in the optimizer."""
+LINK_EFFICIENCY = 0.7
+"""Of links and network, in collectives of large messages."""
+COLLECTIVE_SECONDS = 15e-6
+"""Start of one collective inside a node."""
+HOP_SECONDS = 5e-6
+"""From one member of a ring to the next."""
+HOST_SECONDS = 2e-4
+"""The host launches the operators of one layer, forward: some 25 of them."""
+DECODE_LAYER_SECONDS = 2e-5
+"""The kernels of one layer of a recorded decoding step, however few tokens they work on."""
+STORAGE_BYTES = 2e9
+"""Bytes a second that a node reads from or writes to its storage."""
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of a name, in any case; raises ConfigError that names the nearest one."""
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        guess = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.3)
+        hint = f"did you mean {guess[0]}? " if guess else ""
+        raise ConfigError(f"--gpu {name!r}: no figures for it; {hint}Known: {', '.join(GPUS)}")
+    return gpu
