@@ -89,10 +89,14 @@ class RoleLayout(Section):
     vpp: Positive = 1
     """Model chunks per pipeline rank, run in Megatron's interleaved schedule: smaller bubbles, more communication.
     1: plain 1F1B. More needs pp > 1 and a number of layers that pp * vpp divides."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in (pinned) host memory while the role does not use it. optimizer: main weights and moments, outside
+    of optimizer steps; all: weights and gradients too, while other roles are at work. It changes nothing but memory and
+    time."""
 
 
 class ParallelConfig(Section):
-    """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one; so do pp and vpp.
+    """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one; so do the other keys.
 
     The replicas of a role are what remains: dp = world size / (tp * pp).
     """
@@ -128,8 +132,8 @@ class ParallelConfig(Section):
 
 
 def expand_roles(parallel: dict[str, Any]) -> dict[str, Any]:
-    """[parallel] with tp, pp and vpp, where given for the whole section, moved into every role that does not set its
-    own.
+    """[parallel] with tp, pp and what else a role has, where given for the whole section, moved into every role that
+    does not set its own.
     """
     expanded = {key: value for key, value in parallel.items() if key not in RoleLayout.model_fields}
     shared = {key: parallel[key] for key in RoleLayout.model_fields if key in parallel}
