@@ -89,6 +89,11 @@ class RoleLayout(Section):
     vpp: Positive = 1
     """Model chunks per pipeline rank, run in Megatron's interleaved schedule: smaller bubbles, more communication.
     1: plain 1F1B. More needs pp > 1 and a number of layers that pp * vpp divides."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage, which holds the embedding too; the stages without a number of their own share
+    the rest evenly. Unset: as many as they. With vpp a multiple of it."""
+    last_stage_layers: Positive | None = None
+    """The same of the last pipeline stage, which holds the head and computes the losses."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in (pinned) host memory while the role does not use it. optimizer: main weights and moments, outside
     of optimizer steps; all: weights and gradients too, while other roles are at work. It changes nothing but memory and
@@ -127,6 +132,11 @@ class ParallelConfig(Section):
                 raise ValueError(
                     f"parallel.{role}: vpp {layout.vpp} with pp 1, but model chunks take turns over pipeline stages; "
                     f"set parallel.{role}.pp to 2 or more, or parallel.{role}.vpp = 1"
+                )
+            if layout.pp == 1 and (layout.first_stage_layers or layout.last_stage_layers):
+                raise ValueError(
+                    f"parallel.{role}: first_stage_layers or last_stage_layers is set with pp 1, which has one stage "
+                    f"with all layers; set parallel.{role}.pp to 2 or more, or them to none"
                 )
         return self
 

@@ -112,11 +112,11 @@ def _merge(below: Tree, above: Tree) -> Tree:
 
 def _normalised(layer: Tree) -> Tree:
     """The layer with `parallel.tp` put into every role and "none" made None, so that layers merge field by field."""
+    if isinstance(layer.get("parallel"), dict):
+        layer = {**layer, "parallel": expand_roles(layer["parallel"])}
     for key, field in fields():
         if allows_none(field) and _lookup(layer, key.split(".")) == "none":
             layer = _merge(layer, _nested(key.split("."), None))
-    if isinstance(layer.get("parallel"), dict):
-        layer = {**layer, "parallel": expand_roles(layer["parallel"])}
     return layer
 
 
