@@ -79,6 +79,14 @@ class ModelConfig(Section):
     """Activation recomputation: nothing, core attention only, or whole layers."""
 
 
+NO_CONTEXT_PARALLELISM = (
+    "there is no context parallelism: every sequence is whole on its replica (Megatron-core has it inside "
+    'TransformerEngine\'s attention only); remove cp. For long sequences set model.recompute = "full" (memory is then '
+    "linear in the tokens of a pack), train.tokens_per_microbatch to about data.max_length, and where that is not "
+    "enough parallel.tp > 1 with parallel.sequence_parallel = true, which splits what recomputation keeps"
+)
+
+
 class RoleLayout(Section):
     """How one role is spread over ranks."""
 
@@ -98,6 +106,13 @@ class RoleLayout(Section):
     """What waits in (pinned) host memory while the role does not use it. optimizer: main weights and moments, outside
     of optimizer steps; all: weights and gradients too, while other roles are at work. It changes nothing but memory and
     time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_context_parallelism(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "cp" in data:
+            raise ValueError(f"parallel.ROLE.cp = {data['cp']}: {NO_CONTEXT_PARALLELISM}")
+        return data
 
 
 class ParallelConfig(Section):
@@ -122,7 +137,11 @@ class ParallelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, data: Any) -> Any:
-        return expand_roles(data) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if "cp" in data:
+            raise ValueError(f"parallel.cp = {data['cp']}: {NO_CONTEXT_PARALLELISM}")
+        return expand_roles(data)
 
     @model_validator(mode="after")
     def _combinations(self) -> "ParallelConfig":

@@ -127,6 +127,12 @@ def test_uneven_stages_without_stages_are_refused_with_the_fix():
         load_config(None, settings, command="ppo")
 
 
+@pytest.mark.parametrize("key", ["parallel.cp=2", "parallel.policy.cp=2", "parallel.cp=1"])
+def test_context_parallelism_is_refused_with_the_reason_and_what_helps_instead(key):
+    with pytest.raises(ConfigError, match=r"cp = [12]: there is no context parallelism: .*model.recompute = .full."):
+        load_config(None, [*COMPLETE, key], command="ppo")
+
+
 def test_offload_is_set_for_all_roles_or_one():
     settings = [*COMPLETE, "parallel.offload=optimizer", "parallel.reference.offload=all"]
     parallel = load_config(None, settings, command="ppo").parallel
