@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, UntypedStorage
 
+from ppomax.engine.errors import DoesNotFitError
+
 Kind = Literal["weights", "gradients", "optimizer"]
 Offload = Literal["none", "optimizer", "all"]
 
@@ -155,12 +157,18 @@ class _Storages:
             storage.resize_(0)
 
     def host_buffer(self) -> list[Tensor]:
-        """Host memory for a copy of each storage, [n] uint8."""
+        """Host memory for a copy of each storage, [n] uint8. Raises DoesNotFitError where it cannot be pinned."""
         room = [-(-size // ALIGNMENT) * ALIGNMENT for size in self._sizes]
         buffer = torch.empty(sum(room), dtype=torch.uint8, device="cpu")
         if self._device.type == "cuda":
             # Pinned memory of torch's own comes in powers of two: up to half of it would be lost.
             runtime = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)))
+            error = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+            if error != 0:
+                raise DoesNotFitError(
+                    f"{buffer.numel() / 2**30:.1f} GiB of host memory for parallel.offload cannot be pinned (CUDA "
+                    f"error {error}); let this process lock more memory (ulimit -l, the container's limit), or set "
+                    'parallel.offload = "optimizer" or "none" for some roles'
+                )
             weakref.finalize(self, runtime.cudaHostUnregister, buffer.data_ptr())
         return [part[:size] for part, size in zip(buffer.split(room), self._sizes, strict=True)]

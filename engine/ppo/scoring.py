@@ -104,10 +104,18 @@ class RolloutScorer:
     """
 
     def __init__(
-        self, reward: Role, critic: Role, reference: Role | None, *, sampler: Role | None = None, limit: int
+        self,
+        reward: Role,
+        critic: Role,
+        reference: Role | None,
+        *,
+        sampler: Role | None = None,
+        following: Role | None = None,
+        limit: int,
     ) -> None:
-        """limit: tokens of a micro-batch."""
+        """following: computes next; its weights come while the critic computes. limit: tokens of a micro-batch."""
         self._reward, self._critic, self._reference, self._limit = reward, critic, reference, limit
+        self._following = following
         self._parts: list[tuple[Tensor, Scored]] = []
         layouts = [role.groups.layout for role in (reward, critic, reference, sampler) if role is not None]
         is_whole = all(layout.tp * layout.pp == 1 for layout in layouts)
@@ -163,15 +171,19 @@ class RolloutScorer:
         limit = self._limit
         sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
         with self._reward.memory.resident("weights"):
-            following = self._reference or self._critic
-            following.memory.prefetch("weights")  # they come while this role computes
+            second = self._reference or self._critic
+            second.memory.prefetch("weights")  # they come while this role computes
             scores = sequence_scores(self._reward, sequences, tokens_per_microbatch=limit)
         ref_logprobs = None
         if self._reference is not None:
             with self._reference.memory.resident("weights"):
                 self._critic.memory.prefetch("weights")
                 ref_logprobs, _ = token_logprobs(self._reference, rollout, tokens_per_microbatch=limit)
-        return Scored(scores, token_values(self._critic, rollout, tokens_per_microbatch=limit), ref_logprobs)
+        with self._critic.memory.resident("weights"):
+            if self._following is not None:
+                self._following.memory.prefetch("weights")
+            values = token_values(self._critic, rollout, tokens_per_microbatch=limit)
+        return Scored(scores, values, ref_logprobs)
 
 
 def _response_sequences(rollout: Rollout) -> tuple[list[Tensor], Rows]:

@@ -20,6 +20,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(params=DEVICES)
 def tensors(request: pytest.FixtureRequest) -> Tensors:
     """Two weights of one flat storage and one of its own, and so on."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here; run `make test-gpu` on a machine that has one")
     device = torch.device(request.param)
     flat, moments, grads = torch.arange(1000.0), torch.ones(7), torch.ones(9)
     flat, moments, grads = flat.to(device), moments.to(device), grads.to(device)
