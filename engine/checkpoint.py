@@ -39,11 +39,12 @@ def save_checkpoint(folder: str, step: int, roles: Mapping[str, Role], state: Ma
             for name in roles:
                 (partial / name).mkdir(parents=True)
     for name, role in roles.items():
-        dist_checkpointing.save(
-            _sharded_state(role, loading=False),
-            str(partial / name),
-            content_metadata={"distrib_optim_sharding_type": "fully_reshardable"},
-        )
+        with role.memory.resident("weights", "optimizer"):
+            dist_checkpointing.save(
+                _sharded_state(role, loading=False),
+                str(partial / name),
+                content_metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+            )
     with raise_on_all(CheckpointError, f"cannot write the checkpoint {final}"):
         if dist.get_rank() == 0:
             shapes = {name: asdict(role.shape) for name, role in sorted(roles.items())}
@@ -73,20 +74,25 @@ def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, An
             _check_shape(path / name, content["roles"][name], asdict(role.shape))
             read_metadata_pickle(path / name / ".metadata")
     for name, role in roles.items():
-        with raise_on_all(CheckpointError, f"cannot load the checkpoint {path / name}"):
-            # Damage shows as errors of a dozen types; torch's own is not an Exception.
-            try:
-                loaded = dist_checkpointing.load(_sharded_state(role, loading=True), str(path / name))
-            except (Exception, CheckpointException) as error:
-                raise CheckpointError(
-                    f"checkpoint {path / name} cannot be loaded ({_cause(error)}); take another step_N folder"
-                ) from error
-        for number, chunk in enumerate(role.chunks):
-            chunk.load_state_dict(loaded["model"][str(number)])
-        assert role.optimizer is not None
-        with torch.no_grad():
-            role.optimizer.load_state_dict(loaded["optimizer"])
+        with role.memory.resident("weights", "optimizer"):
+            _load_role(path / name, role)
     return content["state"]
+
+
+def _load_role(path: Path, role: Role) -> None:
+    with raise_on_all(CheckpointError, f"cannot load the checkpoint {path}"):
+        # Damage shows as errors of a dozen types; torch's own is not an Exception.
+        try:
+            loaded = dist_checkpointing.load(_sharded_state(role, loading=True), str(path))
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(
+                f"checkpoint {path} cannot be loaded ({_cause(error)}); take another step_N folder"
+            ) from error
+    for number, chunk in enumerate(role.chunks):
+        chunk.load_state_dict(loaded["model"][str(number)])
+    assert role.optimizer is not None
+    with torch.no_grad():
+        role.optimizer.load_state_dict(loaded["optimizer"])
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

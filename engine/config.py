@@ -79,6 +79,14 @@ class ModelConfig(Section):
     """Activation recomputation: nothing, core attention only, or whole layers."""
 
 
+NO_CONTEXT_PARALLELISM = (
+    "there is no context parallelism: every sequence is whole on its replica (Megatron-core has it inside "
+    'TransformerEngine\'s attention only); remove cp. For long sequences set model.recompute = "full" (memory is then '
+    "linear in the tokens of a pack), train.tokens_per_microbatch to about data.max_length, and where that is not "
+    "enough parallel.tp > 1 with parallel.sequence_parallel = true, which splits what recomputation keeps"
+)
+
+
 class RoleLayout(Section):
     """How one role is spread over ranks."""
 
@@ -89,10 +97,26 @@ class RoleLayout(Section):
     vpp: Positive = 1
     """Model chunks per pipeline rank, run in Megatron's interleaved schedule: smaller bubbles, more communication.
     1: plain 1F1B. More needs pp > 1 and a number of layers that pp * vpp divides."""
+    first_stage_layers: Positive | None = None
+    """Layers of the first pipeline stage, which holds the embedding too; the stages without a number of their own share
+    the rest evenly. Unset: as many as they. With vpp a multiple of it."""
+    last_stage_layers: Positive | None = None
+    """The same of the last pipeline stage, which holds the head and computes the losses."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in (pinned) host memory while the role does not use it. optimizer: main weights and moments, outside
+    of optimizer steps; all: weights and gradients too, while other roles are at work. It changes nothing but memory and
+    time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_context_parallelism(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "cp" in data:
+            raise ValueError(f"parallel.ROLE.cp = {data['cp']}: {NO_CONTEXT_PARALLELISM}")
+        return data
 
 
 class ParallelConfig(Section):
-    """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one; so do pp and vpp.
+    """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one; so do the other keys.
 
     The replicas of a role are what remains: dp = world size / (tp * pp).
     """
@@ -115,7 +139,11 @@ class ParallelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, data: Any) -> Any:
-        return expand_roles(data) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        if "cp" in data:
+            raise ValueError(f"parallel.cp = {data['cp']}: {NO_CONTEXT_PARALLELISM}")
+        return expand_roles(data)
 
     @model_validator(mode="after")
     def _combinations(self) -> "ParallelConfig":
@@ -126,12 +154,17 @@ class ParallelConfig(Section):
                     f"parallel.{role}: vpp {layout.vpp} with pp 1, but model chunks take turns over pipeline stages; "
                     f"set parallel.{role}.pp to 2 or more, or parallel.{role}.vpp = 1"
                 )
+            if layout.pp == 1 and (layout.first_stage_layers or layout.last_stage_layers):
+                raise ValueError(
+                    f"parallel.{role}: first_stage_layers or last_stage_layers is set with pp 1, which has one stage "
+                    f"with all layers; set parallel.{role}.pp to 2 or more, or them to none"
+                )
         return self
 
 
 def expand_roles(parallel: dict[str, Any]) -> dict[str, Any]:
-    """[parallel] with tp, pp and vpp, where given for the whole section, moved into every role that does not set its
-    own.
+    """[parallel] with tp, pp and what else a role has, where given for the whole section, moved into every role that
+    does not set its own.
     """
     expanded = {key: value for key, value in parallel.items() if key not in RoleLayout.model_fields}
     shared = {key: parallel[key] for key in RoleLayout.model_fields if key in parallel}

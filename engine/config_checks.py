@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppomax.engine.config import RunConfig
+from ppomax.engine.config import RoleLayout, RunConfig
 from ppomax.engine.errors import CheckpointError, DataError
 
 MODELS_READ: dict[str, tuple[str, ...]] = {
@@ -73,7 +73,9 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         ),
         'ppo.kl_estimator "full" compares whole distributions on one rank; set parallel.reference equal to '
         "parallel.policy": (
-            has_reference and ppo.kl_estimator == "full" and config.parallel.reference != config.parallel.policy
+            has_reference
+            and ppo.kl_estimator == "full"
+            and split(config.parallel.reference) != split(config.parallel.policy)
         ),
         f"model.init.max_position_embeddings {model.init.max_position_embeddings} is shorter than data.max_length "
         f"{data.max_length}; raise the one or lower the other": (
@@ -81,6 +83,11 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         ),
     }
     return [fault for fault, holds in checks.items() if holds]
+
+
+def split(layout: RoleLayout) -> dict[str, object]:
+    """How a layout spreads a model over ranks, wherever it keeps what waits."""
+    return layout.model_dump(exclude={"offload"})
 
 
 def check_paths(config: RunConfig, command: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ppomax.engine.config import DataSource, PpoConfig, RunConfig, Section, expand_roles
+from ppomax.engine.config import DataSource, PpoConfig, RoleLayout, RunConfig, Section, expand_roles
 from ppomax.engine.config_checks import impossible_combinations
 from ppomax.engine.config_help import allows_none, expected, fields, nearest_key, row_section, sections, toml_value
 from ppomax.engine.errors import ConfigError
@@ -114,11 +114,11 @@ def _merge(below: Tree, above: Tree) -> Tree:
 
 def _normalised(layer: Tree) -> Tree:
     """The layer with `parallel.tp` put into every role and "none" made None, so that layers merge field by field."""
+    if isinstance(layer.get("parallel"), dict):
+        layer = {**layer, "parallel": expand_roles(layer["parallel"])}
     for key, field in fields():
         if allows_none(field) and _lookup(layer, key.split(".")) == "none":
             layer = _merge(layer, _nested(key.split("."), None))
-    if isinstance(layer.get("parallel"), dict):
-        layer = {**layer, "parallel": expand_roles(layer["parallel"])}
     return layer
 
 
@@ -170,7 +170,7 @@ def _candidates(key: str, value: Any) -> list[str]:
         return [f"{key.rpartition('.')[0]}.{name}" for name in DataSource.model_fields]
     if isinstance(value, dict):
         return [name for name, _ in sections()]
-    return ["parallel.tp", "parallel.pp", "parallel.vpp", *(name for name, _ in fields())]
+    return [*(f"parallel.{name}" for name in RoleLayout.model_fields), *(name for name, _ in fields())]
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[list[int | str], FieldInfo | None]:

@@ -47,7 +47,14 @@ def check_models(config: RunConfig, command: str) -> list[str]:
             continue
         layout = getattr(config.parallel, "reward" if command == "reward" else role)
         shape = read_shape(folder)
-        check_split(shape, tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
+        check_split(
+            shape,
+            tp=layout.tp,
+            pp=layout.pp,
+            vpp=layout.vpp,
+            first_stage_layers=layout.first_stage_layers,
+            last_stage_layers=layout.last_stage_layers,
+        )
         if shape.max_position_embeddings < config.data.max_length:
             raise DoesNotFitError(
                 f"data.max_length {config.data.max_length} does not fit the context of model.{role} = {folder!r}, "

@@ -20,6 +20,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from ppomax.engine.config import OptimConfig
+from ppomax.engine.models.offload import RoleMemory
 from ppomax.engine.parallel.groups import RoleGroups
 from ppomax.kernels.adamw import adamw_step, squared_norm
 
@@ -123,6 +124,11 @@ class FlatAdamW(DistributedOptimizer):
             places.append(Place(begin, end, main, number))
         return Shard(params, own if has_copies else None, grads, exp_avg, exp_avg_sq, places)
 
+    def state_tensors(self) -> list[Tensor]:
+        """What only a step reads or writes: moments, and main weights that are not the model's own."""
+        tensors = [x for shard in self.shards for x in (shard.exp_avg, shard.exp_avg_sq)]
+        return tensors + [shard.params for shard in self.shards if shard.copies is not None]
+
     @torch.no_grad()
     def squared_grad_norm(self) -> Tensor:
         """Sum of the squares of all gradients, [] float64 on the device. Collective over the role's ranks.
@@ -219,11 +225,15 @@ def make_optimizer(
 
 
 @torch.no_grad()
-def clip_and_step(optimizers: Sequence[FlatAdamW], *, max_norm: float, joint: bool) -> list[float] | None:
+def clip_and_step(
+    optimizers: Sequence[FlatAdamW], memories: Sequence[RoleMemory], *, max_norm: float, joint: bool
+) -> list[float] | None:
     """One step of every optimizer after clipping by the joint norm of all gradients, or each by its own.
 
-    max_norm: largest L2 norm; 0 does not clip. Returns the norms before clipping (one, or one per optimizer), or None
-    where one is not finite: then no weight has changed. Collective over all ranks of the roles.
+    memories: of the optimizers' roles, of which weights and gradients must be held; the state of one optimizer comes
+    while another makes its step. max_norm: largest L2 norm; 0 does not clip.
+    Returns the norms before clipping (one, or one per optimizer), or None where one is not finite: then no weight has
+    changed. Collective over all ranks of the roles.
     Norms, clip coefficients and whether all is finite stay on the device, where the steps read them. One host sync for
     all optimizers together: for the norms, when everything is launched.
     """
@@ -232,8 +242,11 @@ def clip_and_step(optimizers: Sequence[FlatAdamW], *, max_norm: float, joint: bo
     is_finite = norms.isfinite().all()
     scales = (max_norm / (norms + 1e-6)).clamp(max=1.0).float().expand(len(optimizers)) if max_norm > 0 else None
     read_norms = _start_reading(norms)
-    for i, optimizer in enumerate(optimizers):
-        optimizer.launch_step(None if scales is None else scales[i], is_finite)
+    for i, (optimizer, memory) in enumerate(zip(optimizers, memories, strict=True)):
+        with memory.resident("optimizer"):
+            for following in memories[i + 1 : i + 2]:
+                following.prefetch("optimizer")
+            optimizer.launch_step(None if scales is None else scales[i], is_finite)
     found = read_norms()
     if not all(math.isfinite(norm) for norm in found):
         return None

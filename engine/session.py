@@ -186,7 +186,8 @@ def _sample_in_vllm(
     vllm.setup()
     vllm.wake()
     dtype = DTYPES[session.config.model.dtype]
-    vllm.load(export_weights(policy.chunks, policy.shape, policy.groups, dtype, everywhere=True), step)
+    with policy.memory.resident("weights"):
+        vllm.load(export_weights(policy.chunks, policy.shape, policy.groups, dtype, everywhere=True), step)
     completions = vllm.generate(requests)
     vllm.sleep(2)
     return as_rollout(requests, completions, pad_id=session.tokenizer.pad_id, device=policy.device)
@@ -195,13 +196,14 @@ def _sample_in_vllm(
 def export(session: Session, role: Role, name: str, *, shape: ModelShape | None = None) -> str:
     """Writes a role as a Hugging Face folder train.output/`name`. Collective over the role's ranks."""
     folder = str(Path(session.config.train.output) / name)
-    save_hf(
-        role.chunks,
-        shape or role.shape,
-        role.groups,
-        folder,
-        dtype=DTYPES[session.config.model.dtype],
-        tokenizer=session.tokenizer,
-    )
+    with role.memory.resident("weights"):
+        save_hf(
+            role.chunks,
+            shape or role.shape,
+            role.groups,
+            folder,
+            dtype=DTYPES[session.config.model.dtype],
+            tokenizer=session.tokenizer,
+        )
     session.log.say(f"wrote {folder}")
     return folder

@@ -80,11 +80,14 @@ def run(config: RunConfig) -> None:
         ptx = PtxBatches(session) if config.data.ptx and ppo.ptx_coef > 0 else None
         if ptx is not None:
             ptx.position = state.ptx_position
+        # Held from the end of one update to the end of the next rollout: what is between needs them.
+        models.policy.memory.hold("weights")
         if held_out and state.step == 0:
             _evaluate(session, models, held_out, 0)
         while state.step < train.steps:
             scorer = make_scorer(models, train.tokens_per_microbatch, is_early=ppo.overlap_scoring > 0)
             rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
+            models.policy.memory.release("weights")
             experience, scaler = make_experience(
                 rollout,
                 models,
@@ -95,6 +98,7 @@ def run(config: RunConfig) -> None:
                 scorer=scorer,
             )
             generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.step)
+            models.policy.memory.hold("weights")
             stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
             metrics = summary(experience) | stats | sampled
             metrics |= {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}

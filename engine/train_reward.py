@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,6 +32,8 @@ def run(config: RunConfig) -> None:
         held_out = held_out[: config.monitor.eval_size]
         session.log.say(f"data.train: {dataset.summary()}")
         model = _load(session)
+        model.memory.hold("weights", "gradients")  # never idle
+        model.memory.wait()
         batches = plan_batches(dataset, dataset.order(config.train.seed), config.reward, config.train.steps)
         counter = StepCounter(0, len(batches), config.train.max_skipped_steps)
         if session.resume:
@@ -64,8 +65,8 @@ def _load(session: Session) -> Role:
         return load_role(
             "reward", folder, config, groups, scalar=True, fresh_head=fresh, trained=True, eps=config.optim.eps
         )
-    role = load_policy(config, groups, session.tokenizer.vocab_size, trained=True, extra_scalar_head=True)
-    return replace(role, name="reward")
+    vocab_size = session.tokenizer.vocab_size
+    return load_policy(config, groups, vocab_size, trained=True, extra_scalar_head=True, name="reward")
 
 
 def plan_batches(dataset: Dataset[PairRow], order: Order, config: RewardConfig, num_steps: int) -> list[list[PairRow]]:

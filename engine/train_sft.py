@@ -25,6 +25,8 @@ def run(config: RunConfig) -> None:
         held_out = held_out[: config.monitor.eval_size]
         session.log.say(f"data.train: {dataset.summary()}")
         policy = load_policy(config, session.groups["policy"], session.tokenizer.vocab_size, trained=True)
+        policy.memory.hold("weights", "gradients")  # never idle
+        policy.memory.wait()
         num_steps = train.steps or max(1, math.ceil(config.sft.epochs * len(dataset.rows) / train.batch_size))
         order = dataset.order(train.seed)
         counter = StepCounter(0, num_steps, train.max_skipped_steps)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppomax.engine.models.hf_names import Recipe, merge_shares, parameter_names, recipe_of, weight_sizes
-from ppomax.engine.models.shape import ModelShape
+from ppomax.engine.models.shape import ModelShape, layers_per_stage, stage_of_layer
 from ppomax.engine.models.transformer import PackedModel
 from ppomax.engine.parallel.groups import RoleGroups
 from ppomax.engine.parallel.layout import ParallelLayout
@@ -71,8 +71,10 @@ def global_name(chunk: PackedModel, name: str) -> str:
 def _stage_of(name: str, shape: ModelShape, layout: ParallelLayout) -> int:
     """The pipeline stage that holds a parameter (the first one of tied embeddings)."""
     if name.startswith("decoder.layers."):
-        chunk = int(name.split(".")[2]) * layout.pp * layout.vpp // shape.num_layers
-        return chunk % layout.pp
+        stages = layers_per_stage(
+            shape.num_layers, pp=layout.pp, first=layout.first_stage_layers, last=layout.last_stage_layers
+        )
+        return stage_of_layer(int(name.split(".")[2]), stages, layout.vpp)
     return 0 if name.startswith("embedding.") else layout.pp - 1
 
 

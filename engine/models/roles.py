@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -15,9 +14,10 @@ from ppomax.engine.errors import CheckpointError, ConfigError
 from ppomax.engine.models.hf_checkpoint import load_weights
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, WeightReader
+from ppomax.engine.models.offload import Kind, Offload, RoleMemory
 from ppomax.engine.models.shape import ModelShape, shape_from_init
 from ppomax.engine.models.transformer import PackedModel, build_chunks
-from ppomax.engine.optim import make_optimizer
+from ppomax.engine.optim import FlatAdamW, make_optimizer
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
 from ppomax.engine.parallel.layout import make_layout
 
@@ -28,7 +28,7 @@ class Role:
 
     chunks: this rank's parts of the model, in order: one, or as many as vpp. modules: what the schedules run: the
     chunks, each inside DistributedDataParallel where trained.
-    optimizer: of all chunks; None for frozen roles.
+    optimizer: of all chunks; None for frozen roles. memory: what of all that is on the device.
     """
 
     name: str
@@ -36,7 +36,8 @@ class Role:
     groups: RoleGroups
     chunks: list[PackedModel]
     modules: list[MegatronModule]
-    optimizer: DistributedOptimizer | None
+    optimizer: FlatAdamW | None
+    memory: RoleMemory
 
     @property
     def stage(self) -> PackedModel:
@@ -95,10 +96,16 @@ def load_role(
 
 
 def load_policy(
-    config: RunConfig, groups: RoleGroups, vocab_size: int, *, trained: bool, extra_scalar_head: bool = False
+    config: RunConfig,
+    groups: RoleGroups,
+    vocab_size: int,
+    *,
+    trained: bool,
+    extra_scalar_head: bool = False,
+    name: str = "policy",
 ) -> Role:
     """The language model of model.policy, or one of the shape in [model.init] with random weights where that is
-    empty.
+    empty. name: of the role that it takes.
     """
     folder = config.model.policy
     options: dict[str, bool] = {
@@ -107,10 +114,10 @@ def load_policy(
         "trained": trained,
     }
     if folder:
-        return load_role("policy", folder, config, groups, eps=config.optim.eps, **options)
+        return load_role(name, folder, config, groups, eps=config.optim.eps, **options)
     shape = shape_from_init(config.model.init, vocab_size)
     reader = random_reader(shape, config)
-    return make_role("policy", shape, reader, config, groups, source="model.init", eps=config.optim.eps, **options)
+    return make_role(name, shape, reader, config, groups, source="model.init", eps=config.optim.eps, **options)
 
 
 def load_critic(config: RunConfig, groups: RoleGroups) -> Role:
@@ -154,10 +161,11 @@ def make_role(
         load_weights(chunk, reader, source, head="fresh" if fresh_head else "load", seed=config.train.seed)
         if not trained:
             chunk.requires_grad_(False)
+    offload = getattr(config.parallel, name).offload
     if not trained:
-        return Role(name, shape, groups, chunks, list(chunks), None)
+        return Role(name, shape, groups, chunks, list(chunks), None, _memory(chunks, None, offload))
     modules, optimizer = _trainable(chunks, groups, config.optim, eps=eps)
-    return Role(name, shape, groups, chunks, list(modules), optimizer)
+    return Role(name, shape, groups, chunks, list(modules), optimizer, _memory(chunks, optimizer, offload))
 
 
 def random_reader(shape: ModelShape, config: RunConfig) -> WeightReader:
@@ -167,7 +175,7 @@ def random_reader(shape: ModelShape, config: RunConfig) -> WeightReader:
 
 def _trainable(
     chunks: list[PackedModel], groups: RoleGroups, config: OptimConfig, *, eps: float
-) -> tuple[list[DistributedDataParallel], DistributedOptimizer]:
+) -> tuple[list[DistributedDataParallel], FlatAdamW]:
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False
     )
@@ -175,6 +183,18 @@ def _trainable(
         DistributedDataParallel(chunk.config, settings, chunk, pg_collection=groups.megatron) for chunk in chunks
     ]
     return modules, make_optimizer(modules, groups, config, eps=eps, bf16=chunks[0].config.bf16)
+
+
+def _memory(chunks: list[PackedModel], optimizer: FlatAdamW | None, offload: Offload) -> RoleMemory:
+    """The memory of a new role, of which nothing is in use yet."""
+    weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    tensors: dict[Kind, list[Tensor]] = {"weights": weights, "gradients": [], "optimizer": []}
+    if optimizer is not None:
+        tensors["gradients"] = [shard.grads for shard in optimizer.shards]
+        tensors["optimizer"] = optimizer.state_tensors()
+    memory = RoleMemory(tensors, offload, weights[0].device)
+    memory.release()
+    return memory
 
 
 def role_packs(role: Role, sequences: Sequence[Tensor], rows: Rows, tokens_per_microbatch: int) -> list[Pack]:

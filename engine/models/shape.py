@@ -1,5 +1,6 @@
 """The shape of a Llama-family model: what is needed to build it, whatever format its weights come in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ppomax.engine.config import ArchitectureConfig
@@ -101,7 +102,42 @@ def shape_from_init(init: ArchitectureConfig, vocab_size: int, *, scalar: bool =
     )
 
 
-def check_split(shape: ModelShape, *, tp: int, pp: int, vpp: int) -> None:
+def layers_per_stage(num_layers: int, *, pp: int, first: int | None = None, last: int | None = None) -> list[int]:
+    """Layers of each pipeline stage. first, last: those of the first and the last; the others share the rest evenly.
+
+    Raises ConfigError where they cannot.
+    """
+    given = {number: count for number, count in ((0, first), (pp - 1, last)) if count is not None}
+    rest, num_left = num_layers - sum(given.values()), pp - len(given)
+    if (first is None and last is None) and rest % pp:
+        raise ConfigError(
+            f"the model's {num_layers} layers are not divisible by pp {pp}; choose a pp that divides them, or set "
+            "first_stage_layers or last_stage_layers"
+        )
+    if rest < num_left or (rest > 0 and num_left == 0) or (num_left and rest % num_left):
+        raise ConfigError(
+            f"the model's {num_layers} layers cannot be split over pp {pp} stages with first_stage_layers {first} and "
+            f"last_stage_layers {last}: {rest} are left for {num_left} other stages, each of which needs as many; "
+            "choose other numbers"
+        )
+    return [given.get(number, rest // max(1, num_left)) for number in range(pp)]
+
+
+def stage_of_layer(layer: int, stages: Sequence[int], vpp: int) -> int:
+    """The pipeline stage that holds a layer, counted from 0. stages: layers of each; vpp: chunks of each."""
+    chunks = [number for _ in range(vpp) for number, count in enumerate(stages) for _ in range(count // vpp)]
+    return chunks[layer]
+
+
+def check_split(
+    shape: ModelShape,
+    *,
+    tp: int,
+    pp: int,
+    vpp: int,
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
+) -> None:
     """Raises ConfigError unless the model's heads, feed-forward width and layers can be split over tp and pp ranks.
 
     vpp: model chunks per pipeline rank.
@@ -113,14 +149,17 @@ def check_split(shape: ModelShape, *, tp: int, pp: int, vpp: int) -> None:
     ]
     if max(shape.num_query_groups, tp) % min(shape.num_query_groups, tp):
         faults.append(f"tp {tp} and the model's {shape.num_query_groups} key / value heads: one must divide the other")
-    if shape.num_layers % pp:
-        faults.append(
-            f"the model's {shape.num_layers} layers are not divisible by pp {pp}; choose a pp that divides them"
-        )
-    elif shape.num_layers % (pp * vpp):
-        faults.append(
-            f"the model's {shape.num_layers} layers are not divisible by pp {pp} * vpp {vpp} = {pp * vpp} chunks; "
-            f"choose a vpp that divides the {shape.num_layers // pp} layers of a pipeline stage"
-        )
+    try:
+        stages = layers_per_stage(shape.num_layers, pp=pp, first=first_stage_layers, last=last_stage_layers)
+    except ConfigError as error:
+        faults.append(str(error))
+    else:
+        uneven = sorted({count for count in stages if count % vpp})
+        if uneven:
+            counts = " or ".join(map(str, uneven))
+            faults.append(
+                f"the model's {shape.num_layers} layers cannot be split into pp {pp} * vpp {vpp} = {pp * vpp} chunks: "
+                f"choose a vpp that divides the {counts} layers of a pipeline stage"
+            )
     if faults:
         raise ConfigError("\n".join(faults))

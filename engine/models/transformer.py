@@ -181,7 +181,15 @@ def build_chunks(
 
     extra_scalar_head: a scalar head beside the vocabulary head (reward models while the LM term of Eq. 2 trains them).
     """
-    check_split(shape, tp=groups.layout.tp, pp=groups.layout.pp, vpp=groups.layout.vpp)
+    layout = groups.layout
+    check_split(
+        shape,
+        tp=layout.tp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        first_stage_layers=layout.first_stage_layers,
+        last_stage_layers=layout.last_stage_layers,
+    )
     config = transformer_config(model, shape, groups, sequence_parallel=sequence_parallel, on_cpu=on_cpu)
     return [
         PackedModel(config, shape, groups, model.attention, chunk=chunk, extra_scalar_head=extra_scalar_head)
@@ -193,6 +201,7 @@ def transformer_config(
     model: ModelConfig, shape: ModelShape, groups: RoleGroups, *, sequence_parallel: bool, on_cpu: bool
 ) -> TransformerConfig:
     layout, dtype = groups.layout, DTYPES[model.dtype]
+    first, last = layout.first_stage_layers, layout.last_stage_layers
     recompute: dict[str, Any] = {"recompute_granularity": None if model.recompute == "none" else model.recompute}
     if model.recompute == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
@@ -215,6 +224,9 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=first,
+        # Of two stages one number says it all; with both Megatron divides by the 0 stages between them.
+        num_layers_in_last_pipeline_stage=None if layout.pp == 2 and first is not None else last,
         sequence_parallel=sequence_parallel and layout.tp > 1,
         pipeline_dtype=dtype,
         params_dtype=dtype,

@@ -16,12 +16,15 @@ class ParallelLayout:
 
     vpp: model chunks on each pipeline rank. The pp * vpp chunks of a model follow each other around the ranks: rank r
     holds chunks r, pp + r, 2 pp + r, ...
+    first_stage_layers, last_stage_layers: of pipeline stages that have another number of layers than the others.
     """
 
     tp: int
     pp: int
     dp: int
     vpp: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -47,7 +50,14 @@ def make_layout(role: str, layout: RoleLayout, world_size: int) -> ParallelLayou
             f"choose tp and pp so that their product is one of {fits}, or start a multiple of {replica_size} ranks "
             "(torchrun --nproc-per-node)"
         )
-    return ParallelLayout(tp=layout.tp, pp=layout.pp, dp=world_size // replica_size, vpp=layout.vpp)
+    return ParallelLayout(
+        tp=layout.tp,
+        pp=layout.pp,
+        dp=world_size // replica_size,
+        vpp=layout.vpp,
+        first_stage_layers=layout.first_stage_layers,
+        last_stage_layers=layout.last_stage_layers,
+    )
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:

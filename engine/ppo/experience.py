@@ -88,7 +88,10 @@ def make_scorer(models: Models, tokens_per_microbatch: int, *, is_early: bool) -
     """For one rollout. is_early: parts of it will come while the policy samples the rest."""
     reference = None if models.reference is models.policy else models.reference
     sampler = models.policy if is_early else None
-    return RolloutScorer(models.reward, models.critic, reference, sampler=sampler, limit=tokens_per_microbatch)
+    # A frozen policy is idle in the update; a trained one is needed in any case.
+    following = models.policy if models.policy.optimizer is not None else None
+    roles = (models.reward, models.critic, reference)
+    return RolloutScorer(*roles, sampler=sampler, following=following, limit=tokens_per_microbatch)
 
 
 def policy_logprobs(rollout: Rollout, policy: Role, config: PpoConfig, tokens_per_microbatch: int) -> Tensor:

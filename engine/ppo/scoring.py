@@ -24,7 +24,8 @@ def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) 
     def compute(hidden: Tensor, pack: Pack) -> Tensor:
         return torch.stack(head_logprobs(role, hidden, pack.labels), dim=-1)
 
-    outputs = run_forward(role.modules, role.groups, packs, compute, rollout.response_mask.numel(), width=2)
+    with role.memory.resident("weights"):
+        outputs = run_forward(role.modules, role.groups, packs, compute, rollout.response_mask.numel(), width=2)
     logprobs, entropy = outputs.unbind(-1)
     shape = rollout.response_mask.shape
     return logprobs.reshape(shape), entropy.reshape(shape)
@@ -34,9 +35,11 @@ def token_values(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) ->
     """[B, T] float32: the critic's value of the state before each response token; 0 elsewhere."""
     sequences, rows = _response_sequences(rollout)
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
-    values = run_forward(
-        role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), rollout.response_mask.numel()
-    )
+    num_outputs = rollout.response_mask.numel()
+    with role.memory.resident("weights"):
+        values = run_forward(
+            role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), num_outputs
+        )
     return values.reshape(rollout.response_mask.shape)
 
 
@@ -44,9 +47,10 @@ def sequence_scores(role: Role, sequences: Sequence[Tensor], *, tokens_per_micro
     """[B] float32: the reward model's scalar at the last token of each sequence."""
     rows = last_token_rows([sequence.numel() for sequence in sequences])
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
-    scores = run_forward(
-        role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), len(sequences)
-    )
+    with role.memory.resident("weights"):
+        scores = run_forward(
+            role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), len(sequences)
+        )
     return scores.squeeze(-1)
 
 
@@ -75,8 +79,9 @@ def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_micro
         )
 
     num_outputs = rollout.response_mask.numel()
-    run_forward(reference.modules, reference.groups, packs, keep, num_outputs)
-    kl = run_forward(policy.modules, policy.groups, packs, compute, num_outputs)
+    with reference.memory.resident("weights"), policy.memory.resident("weights"):  # both heads at once
+        run_forward(reference.modules, reference.groups, packs, keep, num_outputs)
+        kl = run_forward(policy.modules, policy.groups, packs, compute, num_outputs)
     return kl.reshape(rollout.response_mask.shape)
 
 
@@ -99,10 +104,18 @@ class RolloutScorer:
     """
 
     def __init__(
-        self, reward: Role, critic: Role, reference: Role | None, *, sampler: Role | None = None, limit: int
+        self,
+        reward: Role,
+        critic: Role,
+        reference: Role | None,
+        *,
+        sampler: Role | None = None,
+        following: Role | None = None,
+        limit: int,
     ) -> None:
-        """limit: tokens of a micro-batch."""
+        """following: computes next; its weights come while the critic computes. limit: tokens of a micro-batch."""
         self._reward, self._critic, self._reference, self._limit = reward, critic, reference, limit
+        self._following = following
         self._parts: list[tuple[Tensor, Scored]] = []
         layouts = [role.groups.layout for role in (reward, critic, reference, sampler) if role is not None]
         is_whole = all(layout.tp * layout.pp == 1 for layout in layouts)
@@ -157,11 +170,20 @@ class RolloutScorer:
     def _score(self, rollout: Rollout) -> Scored:
         limit = self._limit
         sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
-        scores = sequence_scores(self._reward, sequences, tokens_per_microbatch=limit)
+        with self._reward.memory.resident("weights"):
+            second = self._reference or self._critic
+            second.memory.prefetch("weights")  # they come while this role computes
+            scores = sequence_scores(self._reward, sequences, tokens_per_microbatch=limit)
         ref_logprobs = None
         if self._reference is not None:
-            ref_logprobs, _ = token_logprobs(self._reference, rollout, tokens_per_microbatch=limit)
-        return Scored(scores, token_values(self._critic, rollout, tokens_per_microbatch=limit), ref_logprobs)
+            with self._reference.memory.resident("weights"):
+                self._critic.memory.prefetch("weights")
+                ref_logprobs, _ = token_logprobs(self._reference, rollout, tokens_per_microbatch=limit)
+        with self._critic.memory.resident("weights"):
+            if self._following is not None:
+                self._following.memory.prefetch("weights")
+            values = token_values(self._critic, rollout, tokens_per_microbatch=limit)
+        return Scored(scores, values, ref_logprobs)
 
 
 def _response_sequences(rollout: Rollout) -> tuple[list[Tensor], Rows]:

@@ -47,6 +47,24 @@ def update(
     Returns the means of the metrics over the applied steps, and the numbers of applied and of skipped steps. Collective
     over all ranks of the roles.
     """
+    trained = [critic] if policy is None else [policy, critic]
+    for role in trained:
+        role.memory.hold("weights", "gradients")  # the critic's come while the policy computes
+    stats = _epochs(policy, critic, experience, ptx, settings, counter, generator)
+    for role in trained:
+        role.memory.release("weights", "gradients")
+    return stats
+
+
+def _epochs(
+    policy: Role | None,
+    critic: Role,
+    experience: Experience,
+    ptx: Iterator[Sequence[DialogueRow]] | None,
+    settings: UpdateSettings,
+    counter: StepCounter,
+    generator: torch.Generator,
+) -> dict[str, float]:
     config = settings.ppo
     collected: list[dict[str, float]] = []
     num_skipped = 0
@@ -87,6 +105,7 @@ def _step(
         stats |= _policy_gradients(policy, batch, mask, weights, dialogues, settings)
         if config.target_kl is not None and stats["approx_kl"] > config.target_kl:
             return None
+        policy.memory.prefetch("optimizer")  # it comes while the critic computes
     stats |= _critic_gradients(critic, batch, weights, settings)
     return apply_gradients(trained, stats, optim, counter)
 
@@ -118,6 +137,7 @@ def _policy_gradients(
         entropy_sign=_entropy_sign(policy, batch, weights, settings),
     )
     packs = role_packs(policy, [*sequences, *ptx_sequences], rows, settings.tokens_per_microbatch)
+    policy.memory.wait()
     zero_gradients(policy)
     objective = PolicyObjective(policy, targets, config)
     sums = run_forward_backward(policy.modules, policy.groups, packs, objective, len(POLICY_METRICS)).tolist()
@@ -128,6 +148,7 @@ def _critic_gradients(critic: Role, batch: Experience, weights: Tensor, settings
     sequences, rows = _minibatch_rows(batch.rollout, weights > 0)
     packs = role_packs(critic, sequences, rows, settings.tokens_per_microbatch)
     objective = ValueObjective(critic, batch.values.flatten(), batch.returns.flatten(), weights.flatten(), settings.ppo)
+    critic.memory.wait()
     zero_gradients(critic)
     sums = run_forward_backward(critic.modules, critic.groups, packs, objective, len(VALUE_METRICS)).tolist()
     return dict(zip(VALUE_METRICS, sums[1:], strict=True)) | {"value_objective": sums[0]}

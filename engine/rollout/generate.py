@@ -88,11 +88,12 @@ def generate(
     fault = cache_fault(max(batch.max_lengths), affordable, role, sampling)
     if fault is not None:
         raise DoesNotFitError(fault)
-    with torch_functions_as_they_are():
-        flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
     default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
     steps_ahead = default if sampling.steps_ahead is None else sampling.steps_ahead
-    _run(flights, len(role.chunks), steps_ahead, None if watch is None else watch(batch, share, role))
+    with role.memory.resident("weights"):
+        with torch_functions_as_they_are():
+            flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
+        _run(flights, len(role.chunks), steps_ahead, None if watch is None else watch(batch, share, role))
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
 

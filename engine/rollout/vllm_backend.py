@@ -161,6 +161,7 @@ class VllmBackend:
     def _cache_bytes(self, has_gpu: bool) -> int:
         if self._sampling.cache_gib > 0 or not has_gpu:
             return int((self._sampling.cache_gib or CPU_CACHE_GIB) * GIB)
+        torch.cuda.empty_cache()  # vLLM cannot take what idle roles have left in torch's cache
         item_size = {"fp32": 4, "bf16": 2}[self._dtype]
         weights = self._shape.num_parameters() * item_size // (self._groups.layout.tp * self._groups.layout.pp)
         return int(CACHE_SHARE * max(0, torch.cuda.mem_get_info()[0] - weights))

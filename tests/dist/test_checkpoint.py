@@ -28,6 +28,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2_tied": (2, {"pp": 2}),  # the policy shares its embedding with its head
     "tp2_tied": (2, {"tp": 2}),
     "pp2_vpp2_tied": (2, {"pp": 2, "vpp": 2}),
+    "pp2_uneven_tied": (2, {"pp": 2, "last_stage_layers": 1}),
 }
 LR, NUM_STEPS = 1e-3, 12  # three iterations of two epochs of two minibatches
 LOSSES = ("policy_objective", "value_loss", "entropy", "ptx_loss", "grad_norm", "reward", "reward_running_std")
@@ -122,7 +123,7 @@ def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, l
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied"), ("pp2_vpp2_tied", "tp2_tied"), ("pp2_tied", "pp2_vpp2_tied")],
+    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied"), ("pp2_vpp2_tied", "tp2_tied"), ("pp2_tied", "pp2_vpp2_tied"), ("pp2_tied", "pp2_uneven_tied")],
 )
 def test_another_layout_can_go_on_from_a_checkpoint(straight, resume, saved: str, loaded: str) -> None:
     expected = straight(saved)

@@ -102,6 +102,46 @@ def test_parallel_vpp_sets_all_roles_and_one_role_may_differ():
     assert [getattr(parallel, role).vpp for role in ("policy", "critic", "reference", "reward")] == [2, 1, 2, 2]
 
 
+def test_uneven_stages_are_set_for_all_roles_or_one_and_unset_by_none(tmp_path):
+    settings = [*COMPLETE, "parallel.pp=2", "parallel.first_stage_layers=3", "parallel.critic.first_stage_layers=none"]
+    config = load_config(
+        None, [*settings, "parallel.reward.pp=1", "parallel.reward.first_stage_layers=none"], command="ppo"
+    )
+    write_config(config, tmp_path / "config.toml")
+    assert load_config(str(tmp_path / "config.toml"), [], command="ppo") == config
+    layers = [getattr(config.parallel, role).first_stage_layers for role in ("policy", "critic", "reference", "reward")]
+    assert layers == [3, None, 3, None]
+    assert (
+        load_config(
+            None, [*settings, "parallel.first_stage_layers=none"], command="ppo"
+        ).parallel.policy.first_stage_layers
+        is None
+    )
+
+
+def test_uneven_stages_without_stages_are_refused_with_the_fix():
+    settings = [*COMPLETE, "parallel.pp=2", "parallel.last_stage_layers=2", "parallel.reward.pp=1"]
+    with pytest.raises(
+        ConfigError, match=r"parallel.reward: first_stage_layers or last_stage_layers .* or them to none"
+    ):
+        load_config(None, settings, command="ppo")
+
+
+@pytest.mark.parametrize("key", ["parallel.cp=2", "parallel.policy.cp=2", "parallel.cp=1"])
+def test_context_parallelism_is_refused_with_the_reason_and_what_helps_instead(key):
+    with pytest.raises(ConfigError, match=r"cp = [12]: there is no context parallelism: .*model.recompute = .full."):
+        load_config(None, [*COMPLETE, key], command="ppo")
+
+
+def test_offload_is_set_for_all_roles_or_one():
+    settings = [*COMPLETE, "parallel.offload=optimizer", "parallel.reference.offload=all"]
+    parallel = load_config(None, settings, command="ppo").parallel
+    modes = [getattr(parallel, role).offload for role in ("policy", "critic", "reference", "reward")]
+    assert modes == ["optimizer", "optimizer", "all", "optimizer"]
+    # The reference may wait elsewhere than the policy where both have the same layout.
+    load_config(None, [*settings, "ppo.kl_estimator=full"], command="ppo")
+
+
 def test_vpp_without_pipeline_stages_is_refused_with_the_fix():
     settings = [*COMPLETE, "parallel.pp=2", "parallel.vpp=2", "parallel.critic.pp=1"]
     with pytest.raises(ConfigError, match=r"parallel.critic: vpp 2 with pp 1, .*; set parallel.critic.pp to 2 or more"):

@@ -6,7 +6,7 @@ import pytest
 
 from ppomax.engine.config import ArchitectureConfig, ParallelConfig, RoleLayout, RunConfig
 from ppomax.engine.errors import ConfigError
-from ppomax.engine.models.shape import check_split, shape_from_init
+from ppomax.engine.models.shape import check_split, layers_per_stage, shape_from_init, stage_of_layer
 from ppomax.engine.parallel.layout import ParallelLayout, check_layout, make_layout
 
 
@@ -54,11 +54,42 @@ def test_check_layout_accepts_roles_with_different_replica_counts():
     ("layout", "message"),
     [
         ({"tp": 1, "pp": 5, "vpp": 1}, "12 layers are not divisible by pp 5; choose a pp"),
-        ({"tp": 1, "pp": 3, "vpp": 3}, r"12 layers are not divisible by pp 3 \* vpp 3 = 9 chunks; choose a vpp that "),
+        ({"tp": 1, "pp": 3, "vpp": 3}, r"12 layers cannot be split into pp 3 \* vpp 3 = 9 chunks: choose a vpp that "),
+        (
+            {"tp": 1, "pp": 3, "vpp": 2, "first_stage_layers": 6},
+            r"pp 3 \* vpp 2 = 6 chunks: .* divides the 3 layers of",
+        ),
+        (
+            {"tp": 1, "pp": 2, "vpp": 1, "first_stage_layers": 5, "last_stage_layers": 5},
+            "2 are left for 0 other stages",
+        ),
+        ({"tp": 1, "pp": 4, "vpp": 1, "last_stage_layers": 2}, "10 are left for 3 other stages"),
+        ({"tp": 1, "pp": 4, "vpp": 1, "first_stage_layers": 11}, "1 are left for 3 other stages"),
     ],
 )
-def test_layers_that_chunks_cannot_share_equally_are_refused(layout: dict[str, int], message: str):
+def test_layers_that_stages_and_chunks_cannot_share_are_refused(layout: dict[str, int], message: str):
     shape = shape_from_init(ArchitectureConfig(num_layers=12), 300)
     check_split(shape, tp=1, pp=3, vpp=2)
     with pytest.raises(ConfigError, match=message):
         check_split(shape, **layout)
+
+
+@pytest.mark.parametrize(
+    ("pp", "first", "last", "expected"),
+    [
+        (4, None, None, [3, 3, 3, 3]),
+        (4, 3, 1, [3, 4, 4, 1]),
+        (4, None, 3, [3, 3, 3, 3]),
+        (2, 5, None, [5, 7]),
+        (2, None, 5, [7, 5]),
+        (2, 5, 7, [5, 7]),
+        (3, 1, 1, [1, 10, 1]),
+    ],
+)
+def test_first_and_last_stage_may_have_layers_of_their_own(pp: int, first: int, last: int, expected: list[int]):
+    assert layers_per_stage(12, pp=pp, first=first, last=last) == expected
+
+
+def test_chunks_of_uneven_stages_follow_each_other_around_the_ranks():
+    # Chunks of 1, 2 and 1 layers, twice.
+    assert [stage_of_layer(layer, [2, 4, 2], 2) for layer in range(8)] == [0, 1, 1, 2, 0, 1, 1, 2]
