@@ -5,6 +5,7 @@ Fields that a config.json leaves out have the defaults that transformers gives t
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,18 +44,23 @@ def read_shape(folder: str) -> ModelShape:
     """The shape of the model in a Hugging Face folder; raises CheckpointError where the engine cannot run it."""
     config = _Config(Path(folder) / "config.json")
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         config.refuse(f"model_type {model_type!r} is not supported", f"expected one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     _refuse_unsupported(config, family)
     hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
+    num_groups = config.size("num_key_value_heads", family.num_key_value_heads or num_heads, null=num_heads)
+    if num_heads % num_groups:
+        config.refuse(
+            f"num_attention_heads is {num_heads}", f"expected a multiple of num_key_value_heads, {num_groups}"
+        )
     scalar = _is_scalar(config)
     return ModelShape(
         vocab_size=config.size("vocab_size"),
         hidden_size=hidden_size,
         num_layers=config.size("num_hidden_layers"),
         num_heads=num_heads,
-        num_query_groups=config.size("num_key_value_heads", family.num_key_value_heads or num_heads, null=num_heads),
+        num_query_groups=num_groups,
         head_dim=config.size("head_dim", family.head_dim or hidden_size // num_heads, null=hidden_size // num_heads),
         ffn_hidden_size=config.size("intermediate_size"),
         max_position_embeddings=config.size("max_position_embeddings", family.max_position_embeddings),
@@ -113,7 +119,7 @@ class _Config:
             raise CheckpointError(
                 f"cannot read {path}: {error.strerror}; expected a Hugging Face folder: config.json and safetensors"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not valid JSON ({error}); copy the folder again") from error
         if not isinstance(self.fields, dict):
             raise CheckpointError(f"{path} holds no JSON object; copy the folder again")
@@ -137,13 +143,15 @@ class _Config:
         return self.positive(name, self.get(name, default))
 
     def positive(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             self.refuse(f"{name} is {value!r}", "expected a positive number")
         return float(value)
 
 
 def _is_scalar(config: _Config) -> bool:
     architectures = config.get("architectures") or ["ForCausalLM"]
+    if not isinstance(architectures, list):
+        config.refuse(f"architectures is {architectures!r}", "expected a list with the name of a class")
     name = str(architectures[0])
     if name.endswith("ForCausalLM"):
         return False
@@ -151,7 +159,10 @@ def _is_scalar(config: _Config) -> bool:
         config.refuse(
             f"architecture {name} is not supported", "expected ...ForCausalLM or ...ForSequenceClassification"
         )
-    labels = config.get("num_labels", len(config.get("id2label") or ["score"]))
+    id2label = config.get("id2label") or {"0": "score"}
+    if not isinstance(id2label, dict):
+        config.refuse(f"id2label is {id2label!r}", "expected an object with one name")
+    labels = config.get("num_labels", len(id2label))
     if labels != 1:
         config.refuse(f"{name} has {labels} labels", "expected 1: a reward model or critic gives one number per token")
     return True
@@ -167,7 +178,7 @@ def _refuse_unsupported(config: _Config, family: Family) -> None:
     window = config.get("sliding_window", family.sliding_window)
     is_used = family.sliding_window is not None or bool(config.get("use_sliding_window"))
     longest = config.size("max_position_embeddings", family.max_position_embeddings)
-    if is_used and window is not None and window < longest:
+    if is_used and window is not None and config.positive("sliding_window", window) < longest:
         config.refuse(
             f"attention looks back over sliding_window = {window} of {longest} positions",
             "the engine attends to all of them; choose a model without a sliding window",
@@ -198,7 +209,7 @@ def _rope_scaling(config: _Config) -> RopeScaling:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     }
-    if kind not in wanted:
+    if not isinstance(kind, str) or kind not in wanted:
         config.refuse(f"rotary scaling of kind {kind!r} is not supported", f"expected one of {', '.join(wanted)}")
     factors: dict[str, Any] = {
         name: config.positive(f"rope parameter {name}", parameters.get(name)) for name in wanted[kind]

@@ -4,6 +4,7 @@ Both are read through the same interface, so that a random model is the same mod
 """
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from io import FileIO
@@ -94,7 +95,7 @@ class SafetensorsReader:
 
     def _open(self, file: str) -> None:
         path = self._folder / file
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, too, for names that no file can have
             raise CheckpointError(f"{path} is missing, but {self._folder / INDEX_FILE} names it; copy the folder again")
         try:
             self._files[file] = path.open("rb", buffering=0)
@@ -109,7 +110,7 @@ class SafetensorsReader:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             index = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} is not an index of safetensors files ({error!r}); expected a JSON object with weight_map"
             ) from error
@@ -139,6 +140,15 @@ class SafetensorsReader:
                 f"{self.origin(absent[0])} lacks {some(absent)}, which {self._folder / INDEX_FILE} says it holds; "
                 "copy the folder again"
             )
+        # What no index names is listed too, so that nothing is lost unseen.
+        for file, content in self._contents.items():
+            for name in content:
+                other = self._file_of.setdefault(name, file)
+                if other != file:
+                    raise CheckpointError(
+                        f"{self._folder} has {name} in {other} and in {file}: one of the files is of another model; "
+                        "copy the folder again"
+                    )
 
 
 class RandomReader:

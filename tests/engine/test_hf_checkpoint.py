@@ -17,6 +17,7 @@ from ppomax.engine.data.batches import Rows, make_packs
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.hf_checkpoint import fill_share, load_weights, save_hf
 from ppomax.engine.models.hf_config import config_json, read_shape
+from ppomax.engine.models.hf_match import match_names
 from ppomax.engine.models.hf_names import (
     PADDING,
     local_rows,
@@ -366,6 +367,14 @@ def test_a_written_config_reads_back_as_the_same_shape(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"vocab_size": "250"}, "vocab_size is '250'"),
+        ({"model_type": ["llama"]}, "is not supported"),
+        ({"architectures": {"a": 1}}, "architectures is {'a': 1}"),
+        ({"architectures": ["LlamaForSequenceClassification"], "id2label": 3}, "id2label is 3"),
+        ({"model_type": "mistral", "sliding_window": "16"}, "sliding_window is '16'"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, "is not supported"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "expected a positive number"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "expected a multiple of num_key_value_heads, 3"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -427,6 +436,52 @@ def test_a_bad_index_is_refused(index: str, message: str, sharded: Path) -> None
     (sharded / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=message):
         SafetensorsReader(str(sharded))
+
+
+def test_a_weight_of_a_file_that_the_index_leaves_out_or_puts_elsewhere_is_not_lost(sharded: Path) -> None:
+    first, second, *_ = sorted(sharded.glob("model-*.safetensors"))
+    weights, others = load_file(first), load_file(second)
+    save_file(weights | {"model.extra.weight": torch.ones(3)}, first)
+    assert "model.extra.weight" in SafetensorsReader(str(sharded)).sizes
+    name = next(iter(weights))
+    save_file(others | {name: weights[name] + 1}, second)
+    with pytest.raises(CheckpointError, match=rf"has {re.escape(name)} in {first.name} and in {second.name}"):
+        SafetensorsReader(str(sharded))
+
+
+def test_an_index_too_deep_or_with_a_name_too_long_is_refused(sharded: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    for content, message in (
+        ("[" * 100_000, "is not an index"),
+        (json.dumps({"weight_map": {"a": "x" * 300}}), "missing"),
+    ):
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            SafetensorsReader(str(sharded))
+
+
+def test_a_head_beside_a_tied_embedding_must_equal_it(llama: Path) -> None:
+    weights = load_file(llama / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    shape = replace(read_shape(str(llama)), tie_embeddings=True)
+    for head, message in (
+        (embedding.clone(), None),
+        (embedding + 1, "differs from"),
+        (embedding[:1].clone(), "differs"),
+    ):
+        save_file(weights | {"lm_head.weight": head}, llama / "model.safetensors")
+        reader = SafetensorsReader(str(llama))
+        if message is None:
+            assert "lm_head.weight" not in match_names(shape, reader, str(llama), has_scalar_head=False)
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                match_names(shape, reader, str(llama), has_scalar_head=False)
+
+
+def test_absurd_numbers_of_layers_are_refused_at_once(llama: Path) -> None:
+    edit_config(llama, num_hidden_layers=10**12)
+    with pytest.raises(CheckpointError, match="too few for 1000000000000 layers"):
+        match_names(read_shape(str(llama)), SafetensorsReader(str(llama)), str(llama), has_scalar_head=False)
 
 
 def test_a_weight_that_is_not_in_its_file_is_named(sharded: Path) -> None:
