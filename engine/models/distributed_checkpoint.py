@@ -6,8 +6,11 @@ first dimension. Nothing is believed: chunks must tile their tensors and not sha
 the checksum that torch stored with them.
 """
 
+import errno
 import json
+import math
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -143,6 +146,9 @@ class DistributedCheckpoint:
 
     def _open(self, file: str) -> FileIO:
         try:
+            # Opening a pipe would wait for somebody to write into it.
+            if not os.path.isfile(self.folder / file):
+                raise FileNotFoundError(errno.ENOENT, "there is no such file")
             return (self.folder / file).open("rb", buffering=0)
         except OSError as error:
             raise CheckpointError(
@@ -208,9 +214,13 @@ def _tensor(key: str, stored: Record, places: dict[tuple[str, tuple[int, ...]], 
         place = places.pop((key, offsets))
         file, start, length = place["relative_path"], *_whole_numbers((place["offset"], place["length"]))
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".distcp"):
-            raise ValueError(f"{key} lies in a file called {file!r}")
+            raise ValueError(f"{key} lies in a file called {reprlib.repr(file)}")
         chunks.append(Chunk(_box(offsets, layered, 0), _box(sizes, layered, 1), sizes, file, start, start + length))
     _check_tiles(key, _box(size, layered, 1), chunks)
+    for chunk in chunks:
+        # Later the layers are counted one by one, and a damaged file may announce any number of them.
+        if chunk.stop - chunk.start < math.prod(chunk.size) * dtype.itemsize:
+            raise ValueError(f"{key} has a chunk of shape {list(chunk.size)} in {chunk.stop - chunk.start} bytes")
     return StoredTensor(size, dtype, tuple(chunks))
 
 
@@ -225,7 +235,7 @@ def _check_tiles(key: str, size: tuple[int, int, int], chunks: Sequence[Chunk]) 
     for chunk in chunks:
         if any(first + count > end for first, count, end in zip(chunk.first, chunk.count, size, strict=True)):
             raise ValueError(f"{key} has a chunk at {list(chunk.first)} outside of its shape")
-    if sum(torch.Size(chunk.count).numel() for chunk in chunks) != torch.Size(size).numel():
+    if sum(math.prod(chunk.count) for chunk in chunks) != math.prod(size):
         raise ValueError(f"the chunks of {key} do not cover it")
     ordered = sorted(chunks, key=lambda chunk: chunk.first)
     for number, chunk in enumerate(ordered):
@@ -242,5 +252,5 @@ def _check_tiles(key: str, size: tuple[int, int, int], chunks: Sequence[Chunk]) 
 
 def _whole_numbers(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{values!r} are not whole numbers")
+        raise ValueError(f"{reprlib.repr(values)} are not whole numbers")
     return values

@@ -27,6 +27,13 @@ class MegatronReader:
         """
         self.checkpoint = DistributedCheckpoint(folder)
         self.shape = shape
+        # Before the names of all layers are made: a damaged description may announce any number of them.
+        stored = max((tensor.size[0] for key, tensor in self.checkpoint.tensors.items() if has_layers(key)), default=0)
+        if shape.num_layers > stored:
+            raise CheckpointError(
+                f"{folder} has {stored} layers, not {shape.num_layers}; "
+                "its weights and its description belong to different models"
+            )
         self._recipes = saved_parameters(shape)
         self._place: dict[str, tuple[str, int]] = {
             source: (parameter, number)

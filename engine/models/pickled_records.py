@@ -101,6 +101,11 @@ def _kind(name: str) -> type[Record]:
 
 # The version in Python: that in C makes room for as many objects as a damaged pickle says it has.
 class _RecordUnpickler(pickle._Unpickler):
+    # Both versions make room at once for a bytearray of any size that a pickle announces.
+    dispatch = {  # noqa: RUF012
+        opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode != pickle.BYTEARRAY8[0]
+    }
+
     def __init__(
         self,
         content: bytes,

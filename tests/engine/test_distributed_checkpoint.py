@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,6 +113,15 @@ class Call:
         return self.function, self.arguments
 
 
+def test_a_pickle_gets_no_room_that_its_file_has_not(copied: Path) -> None:
+    (copied / "megatron/.metadata").write_bytes(b"\x80\x05\x96" + (2**31).to_bytes(8, "little") + b"x.")
+    tracemalloc.start()
+    assert_refused(copied / "megatron", r"\.metadata")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
 def hostile_pickles(marker: Path) -> dict[str, bytes]:
     """Ways to make a reader create the file `marker`."""
     command = f"touch {marker}"
@@ -149,7 +159,7 @@ def test_a_hostile_chunk_is_refused_and_runs_nothing(kind: str, copied: Path, tm
     for whole_chunk in (False, True):
         path = copied / "megatron/hostile.distcp"
         if whole_chunk:
-            path.write_bytes(code)
+            path.write_bytes(code + bytes(32))
         else:
             with zipfile.ZipFile(path, "w") as archive:
                 archive.writestr("archive/data.pkl", code)
@@ -251,6 +261,33 @@ def have_no_places(metadata: Any) -> None:
     metadata.storage_data = None
 
 
+def grow_tensor(metadata: Any) -> None:
+    stored, places = metadata.state_dict_metadata[NORM], metadata.storage_data
+    first, *others = (index for index in places if index.fqn == NORM)
+    for index in others:
+        del places[index]
+    stored.size = torch.Size([10**15, 8])
+    stored.chunks[:] = [ChunkStorageMetadata(torch.Size(first.offset), stored.size)]
+
+
+def wrap_around(metadata: Any) -> None:
+    grow_tensor(metadata)
+    stored = metadata.state_dict_metadata[NORM]
+    stored.size = stored.chunks[0].sizes = torch.Size([2**32, 2**32])
+
+
+def name_no_file_can_have(metadata: Any) -> None:
+    for index, place in metadata.storage_data.items():
+        metadata.storage_data[index] = replace(place, relative_path="\0.distcp")
+
+
+def nest_sizes(metadata: Any) -> None:
+    nested: tuple[Any, ...] = ()
+    for _ in range(18):
+        nested = (nested, nested)
+    metadata.state_dict_metadata[NORM].size = nested
+
+
 CHANGES: dict[Callable[[Any], None], str] = {
     move_chunk: "is damaged",
     drop_chunk: f"the chunks of {NORM} do not cover it",
@@ -265,8 +302,12 @@ CHANGES: dict[Callable[[Any], None], str] = {
     rename_tensor: "is damaged",
     add_pickled_object: "refused: it names .*BytesStorageMetadata",
     change_type: "it holds torch.float32",
-    lose_everything: "it lacks",
+    lose_everything: "has 0 layers, not 2",
     have_no_places: "is damaged",
+    grow_tensor: r"chunk of shape \[1000000000000000, 8\] in",
+    wrap_around: r"chunk of shape \[4294967296, 4294967296\] in",
+    name_no_file_can_have: "there is no such file",
+    nest_sizes: r"is damaged \(.{,1000} are not whole numbers\)",
 }
 
 
@@ -287,7 +328,8 @@ def test_a_description_of_another_model_is_refused(copied: Path) -> None:
     for fields, message in (
         ({"vocab_size": 41}, r"embedding.word_embeddings.weight has shape \[38, 8\], not \[41, 8\]"),
         ({"vocab_size": 33}, r"embedding.word_embeddings.weight has shape \[38, 8\], not \[33, 8\]"),
-        ({"num_hidden_layers": 3}, r"has shape \[2, 8\], not \[3, 8\]"),
+        ({"num_hidden_layers": 3}, "has 2 layers, not 3"),
+        ({"num_hidden_layers": 10**12}, "has 2 layers, not 1000000000000"),
         ({"model_type": "qwen2"}, "it lacks decoder.layers.self_attention.linear_qkv.bias"),
         ({"tie_word_embeddings": True}, "output_layer.weight, for which there is no place"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
