@@ -26,6 +26,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path}: format {found!r}, expected {FORMAT}")
     if not isinstance(content.get("state"), dict) or not isinstance(content.get("roles"), dict):
         raise CheckpointError(f"checkpoint {path}: state.json lacks its roles or state; take another step_N folder")
+    outside = [role for role in content["roles"] if Path(role).name != role or role in ("", "..")]
+    if outside:
+        raise CheckpointError(f"checkpoint {path}: state.json has a role {outside[0]!r}, expected the name of a folder")
     return content
 
 
@@ -40,6 +43,8 @@ def shape_of_role(path: Path, role: str) -> ModelShape:
         family = FAMILIES[shape.family]
         if (shape.qkv_bias, shape.qk_norm) != (family.qkv_bias, family.qk_norm):
             raise ValueError(f"a {shape.family} model has other biases and norms")
+        if rope.kind not in ("default", "linear", "llama3") or shape.num_heads % shape.num_query_groups:
+            raise ValueError(f"rope {rope.kind!r}, {shape.num_heads} heads in {shape.num_query_groups} groups")
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"checkpoint {path}: state.json does not describe the model of {role} ({error}); take another step_N folder"

@@ -24,23 +24,24 @@ class AtomicFolder:
     """
 
     def __init__(self, target: str | Path, replaceable: Replaceable) -> None:
-        self.target = Path(target).absolute()
-        self.partial = self.target.with_name(f"{self.target.name}.tmp-{os.getpid()}")
+        """target: where it is a link, the folder that it leads to is replaced."""
+        self.target = Path(os.path.realpath(target))
+        self.partial = self.target.parent / f"{self.target.name}.tmp-{os.getpid()}"
         self._replaceable = replaceable
+        self._begun = False
 
     def begin(self) -> None:
         """Makes the partial folder; raises CheckpointError if the target may not be replaced."""
-        if self.target.exists() and not self._replaceable.test(self.target):
-            raise CheckpointError(
-                f"{self.target} exists and is not {self._replaceable.expected}; move it away or choose another folder"
-            )
+        self._check_target()
         self.partial.mkdir(parents=True)
+        self._begun = True
 
     def commit(self) -> None:
         """Brings every file to the disk and puts the folder in place; a target that exists stays if that fails."""
         for path in self.partial.rglob("*"):
             _sync(path)
         _sync(self.partial)
+        self._check_target()  # another process may have made it since
         old = self.target.with_name(f"{self.target.name}.old-{os.getpid()}")
         had_target = self.target.exists()
         if had_target:
@@ -57,7 +58,14 @@ class AtomicFolder:
 
     def discard(self) -> None:
         """Removes what is left of a folder that was not completed."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if self._begun:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _check_target(self) -> None:
+        if self.target.exists() and not self._replaceable.test(self.target):
+            raise CheckpointError(
+                f"{self.target} exists and is not {self._replaceable.expected}; move it away or choose another folder"
+            )
 
 
 def _is_empty_folder(path: Path) -> bool:

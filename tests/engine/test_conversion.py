@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ppomax.engine.checkpoint_state import read_state
 from ppomax.engine.compare_models import compare_models, largest_difference
 from ppomax.engine.conversion import hf_to_megatron, megatron_to_hf, reshard
 from ppomax.engine.errors import CheckpointError, ConfigError
 from ppomax.engine.models import distributed_checkpoint
+from ppomax.engine.models.atomic_folder import NOTHING, AtomicFolder
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.megatron_names import Split
 from ppomax.engine.models.stored_model import open_model
@@ -336,6 +338,49 @@ def test_the_two_directions_refuse_each_others_folders(models: dict[str, tuple[P
         megatron_to_hf(str(tmp_path / "megatron"), str(tmp_path / "out"), role="policy")
     with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
         reshard(str(tmp_path / "megatron"), str(tmp_path / "out"), split=Split())
+
+
+def test_what_appears_while_a_folder_is_written_is_not_replaced(tmp_path: Path) -> None:
+    folder = AtomicFolder(tmp_path / "out", NOTHING)
+    folder.begin()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/theirs").touch()
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        folder.commit()
+    folder.discard()
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["out", "out/theirs"]
+
+
+def test_a_folder_that_another_process_fills_is_not_discarded(tmp_path: Path) -> None:
+    folder = AtomicFolder(tmp_path / "out", NOTHING)
+    folder.partial.mkdir()  # of a process with the same number in another container
+    with pytest.raises(FileExistsError):
+        folder.begin()
+    folder.discard()
+    assert folder.partial.is_dir()
+
+
+def test_a_link_to_an_empty_folder_is_filled_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    folder = AtomicFolder(tmp_path / "link", NOTHING)
+    folder.begin()
+    (folder.partial / "file").touch()
+    folder.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    assert (tmp_path / "disk/file").is_file()
+
+
+def test_the_root_is_no_target() -> None:
+    with pytest.raises(CheckpointError, match="/ exists"):
+        AtomicFolder("/", NOTHING).begin()
+
+
+@pytest.mark.parametrize("role", ["../evil", "", "..", "/evil"])
+def test_a_role_is_the_name_of_a_folder(role: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"format": 1, "state": {}, "roles": {role: {}}}))
+    with pytest.raises(CheckpointError, match="expected the name of a folder"):
+        read_state(tmp_path)
 
 
 def test_nothing_that_exists_is_replaced(models: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
