@@ -54,7 +54,10 @@ class CheckpointWriter:
         start = file.tell()
         # torch.save writes the whole storage of a view.
         whole = chunk.untyped_storage().nbytes() == chunk.numel() * chunk.itemsize and chunk.is_contiguous()
-        torch.save(chunk if whole else chunk.clone(memory_format=torch.contiguous_format), file)
+        try:
+            torch.save(chunk if whole else chunk.clone(memory_format=torch.contiguous_format), file)
+        except RuntimeError as error:  # what torch makes of a write that failed
+            raise OSError(f"{self._folder / name}: {error.__context__ or error}") from error
         self._places[MetadataIndex(key, offsets)] = _StorageInfo(name, start, file.tell() - start)
 
     def finish(self, common: Mapping[str, Any] | Path) -> None:

@@ -216,6 +216,27 @@ def test_a_conversion_that_stops_in_the_middle_leaves_nothing(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
+FULL = """
+import resource, sys
+from ppomax.engine import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.exit(cli.main(["convert", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("command", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_disk_that_is_full_is_said(command: str, folder: Path, tmp_path: Path) -> None:
+    write_folder(folder, replace(SHAPE, vocab_size=4000))
+    assert convert("hf-to-megatron", folder, tmp_path / "megatron") == 0
+    source = folder if command == "hf-to-megatron" else tmp_path / "megatron"
+    arguments = [sys.executable, "-c", FULL, command, str(source), str(tmp_path / "out")]
+    done = subprocess.run(arguments, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == CheckpointError.exit_code, done.stderr
+    assert "check the free space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
 KILLED = """
 import sys, time
 from ppomax.engine import cli, conversion
