@@ -126,14 +126,14 @@ def _memory(plan: Plan) -> Table:
 
 
 def _times(plan: Plan) -> Table:
-    columns = ("role", "phase", "seconds", "tp, GB sent by a rank", "pp", "dp", "storage, GB")
+    columns = ("role", "phase", "seconds", "tp, GB sent by a rank", "pp", "dp", "host", "storage, GB")
     caption = (
         f"An iteration: {plan.seconds:.1f} s, {plan.tokens_per_second:.0f} tokens per second and GPU. "
         "Predicted by docs/planning.md, not measured."
     )
     table = Table(*columns, title="Time and communication", caption=caption)
     for (role, phase), cost in plan.costs.items():
-        moved = (cost.tp, cost.pp, cost.dp, cost.storage)
+        moved = (cost.tp, cost.pp, cost.dp, cost.host, cost.storage)
         table.add_row(role, phase, f"{cost.seconds:.2f}", *(f"{part / 1e9:.2f}" if part else "" for part in moved))
     return table
 
