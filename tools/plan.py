@@ -13,6 +13,7 @@ from ppomax.engine.plan.advice import proposals
 from ppomax.engine.plan.gpus import GPUS, Gpu, find_gpu
 from ppomax.engine.plan.memory import GIB, KINDS, Bytes
 from ppomax.engine.plan.models import MODELS, known_model
+from ppomax.engine.plan.moments import waiting
 from ppomax.engine.plan.plan import Plan, make_plan
 from ppomax.engine.plan.search import Found, search
 
@@ -57,6 +58,9 @@ def main(argv: Sequence[str]) -> None:
     hosts = [f"{memory.role.name} {memory.host / GIB:.1f}" for memory in plan.worst.roles if memory.host]
     if hosts:
         console.print(f"A checkpoint takes host memory on each rank of the first replica, GiB: {', '.join(hosts)}.")
+    waits = [f"{memory.role.name} {waiting(memory) / GIB:.1f}" for memory in plan.worst.roles if waiting(memory)]
+    if waits:
+        console.print(f"What is offloaded waits in host memory, GiB on each rank: {', '.join(waits)}.")
     if arguments.search:
         found = search(plan, gpu, lambda config, world_size: replan(config, world_size=world_size))
         console.print(_proposed(found) if found else "No layout of these models fits; take more GPUs.")

@@ -52,6 +52,12 @@ def moments(roles: Sequence[RoleMemory]) -> Iterator[Moment]:
         yield Moment("checkpoint", name, needs | {name: ("weights", "optimizer")}, by_name[name].extra["checkpoint"])
 
 
+def waiting(memory: RoleMemory) -> int:
+    """Bytes of host memory for what a role offloads; gradients are dropped, not kept."""
+    kinds = [kind for kind in OFFLOADED[memory.role.offload] if kind != "gradients"]
+    return sum(getattr(memory.resident, kind) for kind in kinds)
+
+
 def held(memory: RoleMemory, needs: Sequence[str]) -> Bytes:
     """What a role has on the device while these kinds are needed."""
     away = [kind for kind in OFFLOADED[memory.role.offload] if kind not in needs]

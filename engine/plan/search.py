@@ -60,18 +60,32 @@ class Found:
                 lines += [f"{key}={value}" for key, value in own.items()]
         if self.plan.config.parallel.sequence_parallel and any(role.layout.tp > 1 for role in self.plan.roles):
             lines.append("parallel.sequence_parallel=true")
+        if any(key.endswith(".offload") for key in self.values):
+            lines.append("parallel.offload=all")
         if self.was_uneven:
             lines.append("parallel.first_stage_layers=none parallel.last_stage_layers=none")
         return [*lines, f"model.recompute={self.plan.config.model.recompute}"]
 
 
 def search(plan: Plan, gpu: Gpu, replan: Callable[[RunConfig, int], Plan], *, most: int = 5) -> list[Found]:
-    """Up to `most` combinations of layouts of the roles of `plan`, with and without recomputation, that fit."""
+    """Up to `most` combinations of layouts of the roles of `plan`, with and without recomputation, that fit; where none
+    does, with everything offloaded.
+    """
+    found = _search(plan, gpu, replan, {})
+    if not found:
+        found = _search(plan, gpu, replan, with_layout("offload", "all"))
+    found.sort(key=lambda one: _rank(one.plan.seconds, [role.layout for role in one.plan.roles]))
+    return found[:most]
+
+
+def _search(
+    plan: Plan, gpu: Gpu, replan: Callable[[RunConfig, int], Plan], values_of_all: dict[str, Any]
+) -> list[Found]:
     found: list[Found] = []
     is_uneven = any(role.layout.first_stage_layers or role.layout.last_stage_layers for role in plan.roles)
     for recompute in ("none", "full"):
         base: dict[str, Any] = {"model.recompute": recompute, "parallel.sequence_parallel": True}
-        base |= with_layout("first_stage_layers", None) | with_layout("last_stage_layers", None)
+        base |= values_of_all | with_layout("first_stage_layers", None) | with_layout("last_stage_layers", None)
         config = with_values(plan.config, base)
         ranked = _combinations(plan, config, gpu)
         for combination in itertools.islice(ranked, WHOLE_PLANS):
@@ -79,8 +93,7 @@ def search(plan: Plan, gpu: Gpu, replan: Callable[[RunConfig, int], Plan], *, mo
             whole = replan(with_values(plan.config, values), plan.world_size)
             if not whole.faults:
                 found.append(Found(whole, values, is_uneven))
-    found.sort(key=lambda one: _rank(one.plan.seconds, [role.layout for role in one.plan.roles]))
-    return found[:most]
+    return found
 
 
 def _rank(seconds: float, layouts: Sequence[ParallelLayout]) -> tuple[int, int, int, float]:
@@ -123,7 +136,7 @@ def _candidate(
 ) -> Candidate:
     seconds, state, extra = 0.0, 0, 0
     for role in group:
-        placed = replace(role, layout=layout)
+        placed = replace(role, layout=layout, offload=getattr(config.parallel, role.name).offload)
         stages = [
             role_memory(placed, stage, config, plan.command, plan.workload, "cuda")
             for stage in sorted({0, layout.pp // 2, layout.pp - 1})
@@ -132,7 +145,7 @@ def _candidate(
         extra = max(
             extra,
             *(part.total for stage in stages for phase, part in stage.extra.items() if phase != "load"),
-            *(stage.resident.optimizer for stage in stages if role.offload != "none"),
+            *(stage.resident.optimizer for stage in stages if placed.offload != "none"),
         )
         seconds += _seconds(placed, config, plan.workload, gpu)
     return Candidate(layout, seconds, state, extra)

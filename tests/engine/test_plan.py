@@ -347,6 +347,20 @@ def test_no_layout_of_70b_fits_one_node_of_40_gb() -> None:
     assert search(plan, gpu, replan) == []
 
 
+def test_the_search_offloads_where_nothing_fits_without() -> None:
+    def replan(config: RunConfig, world_size: int) -> Plan:
+        return make_plan(config, "ppo", world_size, gpu=small)
+
+    small = replace(GPUS["a100-40g"], memory=33e9)
+    plan = make_plan(planned().config, "ppo", 8, gpu=small)
+    found = search(plan, small, replan)
+    assert found
+    for one in found:
+        assert {role.offload for role in one.plan.roles} == {"all"}
+        config = load_config(CONFIG, one.overrides(), command="ppo", for_planning=True)
+        assert replan(config, 8).worst.total == one.plan.worst.total <= 33e9
+
+
 def test_the_search_drops_layouts_whose_cache_is_too_small() -> None:
     plan = planned("sampling.cache_gib=0.001")
     assert search(plan, H100, lambda config, world_size: make_plan(config, "ppo", world_size, gpu=H100)) == []
