@@ -53,8 +53,8 @@ def tables() -> str:
         "# Plans of PPO-max for LLaMA",
         f"Written by `python -m ppomax.tools.plan_report` from `{CONFIG}` (128 responses an iteration, prompts of 512 "
         "tokens, responses of 512, at most 2048 tokens, micro-batches of 16384 tokens, bf16): predictions by "
-        "[planning.md](../planning.md), not measurements. GiB are those of the fullest rank in its fullest phase. Offloading is tried where nothing fits "
-        "without.",
+        "[planning.md](../planning.md), not measurements. GiB are those of the fullest rank in its fullest phase. "
+        "Offloading is tried where nothing fits without.",
     ]
     for model in MODELS:
         parts.append(f"## {model}\n{_clusters(model)}")
