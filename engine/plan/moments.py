@@ -37,8 +37,7 @@ def moments(roles: Sequence[RoleMemory]) -> Iterator[Moment]:
             yield Moment("rollout", memory.role.name, {memory.role.name: WEIGHTS}, memory.extra["rollout"])
     scoring = [name for name in SCORING_ORDER if name in by_name and "scoring" in by_name[name].extra]
     for i, name in enumerate(scoring):
-        following = [] if name == "policy" else [after for after in scoring[i + 1 : i + 2] if after != "policy"]
-        yield Moment("scoring", name, dict.fromkeys([name, *following], WEIGHTS), by_name[name].extra["scoring"])
+        yield Moment("scoring", name, dict.fromkeys(scoring[i : i + 2], WEIGHTS), by_name[name].extra["scoring"])
     trained = [memory.role.name for memory in roles if memory.role.trained]
     for i, name in enumerate(trained):
         # The first role's state comes while the last one computes, the next one's while one makes its step.
