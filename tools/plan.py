@@ -13,6 +13,7 @@ from ppomax.engine.plan.advice import proposals
 from ppomax.engine.plan.gpus import GPUS, Gpu, find_gpu
 from ppomax.engine.plan.memory import GIB, KINDS, Bytes
 from ppomax.engine.plan.models import MODELS, known_model
+from ppomax.engine.plan.moments import waiting
 from ppomax.engine.plan.plan import Plan, make_plan
 from ppomax.engine.plan.search import Found, search
 
@@ -57,6 +58,9 @@ def main(argv: Sequence[str]) -> None:
     hosts = [f"{memory.role.name} {memory.host / GIB:.1f}" for memory in plan.worst.roles if memory.host]
     if hosts:
         console.print(f"A checkpoint takes host memory on each rank of the first replica, GiB: {', '.join(hosts)}.")
+    waits = [f"{memory.role.name} {waiting(memory) / GIB:.1f}" for memory in plan.worst.roles if waiting(memory)]
+    if waits:
+        console.print(f"What is offloaded waits in host memory, GiB on each rank: {', '.join(waits)}.")
     if arguments.search:
         found = search(plan, gpu, lambda config, world_size: replan(config, world_size=world_size))
         console.print(_proposed(found) if found else "No layout of these models fits; take more GPUs.")
@@ -126,14 +130,14 @@ def _memory(plan: Plan) -> Table:
 
 
 def _times(plan: Plan) -> Table:
-    columns = ("role", "phase", "seconds", "tp, GB sent by a rank", "pp", "dp", "storage, GB")
+    columns = ("role", "phase", "seconds", "tp, GB sent by a rank", "pp", "dp", "host", "storage, GB")
     caption = (
         f"An iteration: {plan.seconds:.1f} s, {plan.tokens_per_second:.0f} tokens per second and GPU. "
         "Predicted by docs/planning.md, not measured."
     )
     table = Table(*columns, title="Time and communication", caption=caption)
     for (role, phase), cost in plan.costs.items():
-        moved = (cost.tp, cost.pp, cost.dp, cost.storage)
+        moved = (cost.tp, cost.pp, cost.dp, cost.host, cost.storage)
         table.add_row(role, phase, f"{cost.seconds:.2f}", *(f"{part / 1e9:.2f}" if part else "" for part in moved))
     return table
 

@@ -53,7 +53,8 @@ def tables() -> str:
         "# Plans of PPO-max for LLaMA",
         f"Written by `python -m ppomax.tools.plan_report` from `{CONFIG}` (128 responses an iteration, prompts of 512 "
         "tokens, responses of 512, at most 2048 tokens, micro-batches of 16384 tokens, bf16): predictions by "
-        "[planning.md](../planning.md), not measurements. GiB are those of the fullest rank in its fullest phase.",
+        "[planning.md](../planning.md), not measurements. GiB are those of the fullest rank in its fullest phase. "
+        "Offloading is tried where nothing fits without.",
     ]
     for model in MODELS:
         parts.append(f"## {model}\n{_clusters(model)}")
@@ -82,7 +83,8 @@ def _layout_text(plan: Plan) -> str:
         text = f"{layout.tp} x {layout.pp}" + (f", vpp {layout.vpp}" if layout.vpp > 1 else "")
         names.setdefault(text, []).append(role.name)
     texts = [f"{' + '.join(roles)} {text}" if len(names) > 1 else f"all {text}" for text, roles in names.items()]
-    return f"{'; '.join(texts)}; recompute {plan.config.model.recompute}"
+    offload = "" if plan.roles[0].offload == "none" else f"; offload {plan.roles[0].offload}"
+    return f"{'; '.join(texts)}; recompute {plan.config.model.recompute}{offload}"
 
 
 def _clusters(model: str) -> str:

@@ -22,8 +22,8 @@ def with_values(config: Any, values: dict[str, Any]) -> Any:
     return config
 
 
-def with_layout(size: str, value: int) -> dict[str, int]:
-    """tp, pp or vpp of all roles."""
+def with_layout(size: str, value: Any) -> dict[str, Any]:
+    """tp, pp, vpp or what else a role has, of all roles."""
     return {f"parallel.{role}.{size}": value for role in ROLES}
 
 
@@ -50,6 +50,12 @@ def _changes(plan: Plan, largest_tp: int) -> Iterator[tuple[str, dict[str, Any],
     full: dict[str, Any] = {"model.recompute": "full"} if config.model.recompute != "full" else {}
     if full:
         yield "model.recompute=full", full, world
+    for offload in ("optimizer", "all"):
+        if any(role.offload != offload for role in plan.roles):
+            yield f"parallel.offload={offload}", with_layout("offload", offload), world
+            if full:
+                values = with_layout("offload", offload) | full
+                yield f"parallel.offload={offload} model.recompute=full", values, world
     tokens = config.train.tokens_per_microbatch
     while tokens // 2 >= config.data.max_length:
         tokens //= 2

@@ -25,25 +25,26 @@ class Gpu:
     bandwidth: float
     link: float
     network: float
+    host: float
     per_node: int = 8
 
 
 # NVIDIA's data sheets: dense bf16 is half of the rate "with sparsity", a link's direction half of its "total
 # bandwidth". The network is no property of a GPU: 400 Gb/s for each GPU of Hopper nodes and 200 Gb/s of Ampere nodes
-# (DGX H100, DGX A100), 100 Gb/s where GPUs hang on PCIe.
+# (DGX H100, DGX A100), 100 Gb/s where GPUs hang on PCIe. Hosts: PCIe 5.0 x16, or 4.0 x16, one direction.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9),
-        Gpu("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9),
-        Gpu("h800", 80e9, 989e12, 3.35e12, 200e9, 50e9),
-        Gpu("h20", 96e9, 148e12, 4.0e12, 450e9, 50e9),
-        Gpu("h100-pcie", 80e9, 756e12, 2.0e12, 64e9, 12.5e9),
-        Gpu("a100-80g", 80e9, 312e12, 2.039e12, 300e9, 25e9),
-        Gpu("a100-40g", 40e9, 312e12, 1.555e12, 300e9, 25e9),
-        Gpu("a800", 80e9, 312e12, 2.039e12, 200e9, 25e9),
-        Gpu("a6000", 48e9, 155e12, 0.768e12, 32e9, 12.5e9),
-        Gpu("l40s", 48e9, 362e12, 0.864e12, 32e9, 12.5e9),
+        Gpu("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, 64e9),
+        Gpu("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, 64e9),
+        Gpu("h800", 80e9, 989e12, 3.35e12, 200e9, 50e9, 64e9),
+        Gpu("h20", 96e9, 148e12, 4.0e12, 450e9, 50e9, 64e9),
+        Gpu("h100-pcie", 80e9, 756e12, 2.0e12, 64e9, 12.5e9, 64e9),
+        Gpu("a100-80g", 80e9, 312e12, 2.039e12, 300e9, 25e9, 32e9),
+        Gpu("a100-40g", 40e9, 312e12, 1.555e12, 300e9, 25e9, 32e9),
+        Gpu("a800", 80e9, 312e12, 2.039e12, 200e9, 25e9, 32e9),
+        Gpu("a6000", 48e9, 155e12, 0.768e12, 32e9, 12.5e9, 32e9),
+        Gpu("l40s", 48e9, 362e12, 0.864e12, 32e9, 12.5e9, 32e9),
     )
 }
 

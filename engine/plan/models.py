@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.errors import ConfigError
@@ -14,7 +15,9 @@ from ppomax.engine.parallel.layout import ParallelLayout, make_layout
 
 @dataclass(frozen=True)
 class PlannedRole:
-    """source: where its shape comes from. samples: it generates responses."""
+    """source: where its shape comes from. samples: it generates responses. offload: what waits on the host while it is
+    not needed.
+    """
 
     name: str
     shape: ModelShape
@@ -23,6 +26,7 @@ class PlannedRole:
     trained: bool = False
     samples: bool = False
     extra_scalar_head: bool = False
+    offload: Literal["none", "optimizer", "all"] = "none"
 
 
 # Sizes as published: LLaMA (Touvron et al. 2023a) 7B and 13B, Llama 2 (2023b) 70B.
@@ -85,7 +89,9 @@ def planned_roles(
     def role(name: str, folder: str, **options: bool) -> PlannedRole:
         scalar = name in ("critic", "reward") and command != "reward"
         shape, source = read(folder, scalar=scalar)
-        return PlannedRole(name, shape, layouts[name], source, **options)
+        return PlannedRole(
+            name, shape, layouts[name], source, offload=getattr(config.parallel, name).offload, **options
+        )
 
     if command == "sft":
         roles = [role("policy", folders.policy, trained=True)]
@@ -119,7 +125,15 @@ def _check_splits(roles: Sequence[PlannedRole]) -> None:
     faults = []
     for role in roles:
         try:
-            check_split(role.shape, tp=role.layout.tp, pp=role.layout.pp, vpp=role.layout.vpp)
+            layout = role.layout
+            check_split(
+                role.shape,
+                tp=layout.tp,
+                pp=layout.pp,
+                vpp=layout.vpp,
+                first_stage_layers=layout.first_stage_layers,
+                last_stage_layers=layout.last_stage_layers,
+            )
         except ConfigError as error:
             faults.append(f"parallel.{role.name}: {error}")
     if faults:

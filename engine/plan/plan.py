@@ -9,17 +9,21 @@ from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.plan.gpus import Gpu
 from ppomax.engine.plan.memory import GIB, PHASES, Bytes, RoleMemory, role_memory
 from ppomax.engine.plan.models import PlannedRole, planned_roles
+from ppomax.engine.plan.moments import Moment, held, moments
 from ppomax.engine.plan.timing import (
     Cost,
     checkpoint_cost,
     export_cost,
     load_cost,
+    offload_cost,
     rollout_cost,
     scoring_cost,
     update_cost,
 )
 from ppomax.engine.plan.workload import Workload, make_workload
 
+ITERATION = ("rollout", "scoring", "update", "offload")
+"""What every iteration does; the rest comes now and then."""
 CACHE_SHARE = 0.5
 """As rollout/generate.py: of what is free when generation starts, the cache's part where sampling.cache_gib is 0."""
 
@@ -31,19 +35,20 @@ class RankPlan:
     rank: int
     roles: tuple[RoleMemory, ...]
 
-    @property
-    def resident(self) -> Bytes:
-        return sum((role.resident for role in self.roles), Bytes())
+    def kept(self, moment: Moment) -> Bytes:
+        """What all roles have on the device at a moment, without what the work takes besides."""
+        parts = (held(memory, moment.needs.get(memory.role.name, ())) for memory in self.roles)
+        return sum(parts, Bytes())
 
     def peak(self, phase: str) -> Bytes:
         """The most of a phase, in which roles work one after the other. Loading has only the roles so far."""
-        extras = [role.extra.get(phase, Bytes()) for role in self.roles]
         if phase != "load":
-            return self.resident + max(extras, key=lambda part: part.total)
+            of_phase = [moment for moment in moments(self.roles) if moment.phase == phase]
+            return max((self.kept(one) + one.extra for one in of_phase), key=lambda part: part.total)
         so_far, peaks = Bytes(), []
-        for role, extra in zip(self.roles, extras, strict=True):
-            so_far += role.resident
-            peaks.append(so_far + extra)
+        for memory in self.roles:
+            peaks.append(so_far + memory.resident + memory.extra["load"])
+            so_far += held(memory, ())
         return max(peaks, key=lambda part: part.total)
 
     @property
@@ -110,7 +115,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of one iteration; loading, checkpoints and export come besides."""
-        return sum(cost.seconds for (_, phase), cost in self.costs.items() if phase in ("rollout", "scoring", "update"))
+        return sum(cost.seconds for (_, phase), cost in self.costs.items() if phase in ITERATION)
 
     @property
     def tokens_per_second(self) -> float:
@@ -177,7 +182,8 @@ def _cache_pages(ranks: list[RankPlan], config: RunConfig, capacity: int | None)
             wanted = memory.cache.wanted
             budget = config.sampling.cache_gib * GIB
             if budget == 0 and capacity is not None:
-                budget = CACHE_SHARE * (capacity - rank.resident.total)
+                (sampling,) = [moment for moment in moments(rank.roles) if moment.phase == "rollout"]
+                budget = CACHE_SHARE * (capacity - rank.kept(sampling).total)
             if budget != 0:
                 affordable.append(int(budget // memory.cache.page))
     return wanted if wanted is None else max(0, min([wanted, *affordable]))
@@ -198,6 +204,8 @@ def _costs(plan: Plan, gpu: Gpu) -> dict[tuple[str, str], Cost]:
             costs[role.name, "rollout"] = rollout_cost(role, config, workload, gpu, running=running)
         if "scoring" in memory.extra and not _skips_scoring(role, config, plan.command):
             costs[role.name, "scoring"] = scoring_cost(role, config, workload, gpu)
+        if role.offload != "none":
+            costs[role.name, "offload"] = offload_cost(role, config, workload, gpu)
         if role.trained:
             costs[role.name, "update"] = update_cost(role, config, workload, gpu)
             costs[role.name, "checkpoint"] = checkpoint_cost(role, config, gpu)

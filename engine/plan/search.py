@@ -7,17 +7,18 @@ combinations are ranked by sums, and the best of them are planned whole.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.shape import check_split
 from ppomax.engine.parallel.layout import ParallelLayout
-from ppomax.engine.plan.advice import with_values
+from ppomax.engine.plan.advice import with_layout, with_values
 from ppomax.engine.plan.gpus import Gpu
 from ppomax.engine.plan.memory import role_memory
 from ppomax.engine.plan.models import PlannedRole
+from ppomax.engine.plan.moments import TRAINING, held
 from ppomax.engine.plan.plan import Plan
 from ppomax.engine.plan.timing import rollout_cost, scoring_cost, update_cost
 from ppomax.engine.plan.workload import Workload
@@ -41,10 +42,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """A layout that fits, and the values that set it."""
+    """A layout that fits, and the values that set it. was_uneven: stages of the one before had layers of their own."""
 
     plan: Plan
     values: dict[str, Any]
+    was_uneven: bool
 
     def overrides(self) -> list[str]:
         """As the command line has it; what is equal in all roles once."""
@@ -58,23 +60,40 @@ class Found:
                 lines += [f"{key}={value}" for key, value in own.items()]
         if self.plan.config.parallel.sequence_parallel and any(role.layout.tp > 1 for role in self.plan.roles):
             lines.append("parallel.sequence_parallel=true")
+        if any(key.endswith(".offload") for key in self.values):
+            lines.append("parallel.offload=all")
+        if self.was_uneven:
+            lines.append("parallel.first_stage_layers=none parallel.last_stage_layers=none")
         return [*lines, f"model.recompute={self.plan.config.model.recompute}"]
 
 
 def search(plan: Plan, gpu: Gpu, replan: Callable[[RunConfig, int], Plan], *, most: int = 5) -> list[Found]:
-    """Up to `most` combinations of layouts of the roles of `plan`, with and without recomputation, that fit."""
+    """Up to `most` combinations of layouts of the roles of `plan`, with and without recomputation, that fit; where none
+    does, with everything offloaded.
+    """
+    found = _search(plan, gpu, replan, {})
+    if not found:
+        found = _search(plan, gpu, replan, with_layout("offload", "all"))
+    found.sort(key=lambda one: _rank(one.plan.seconds, [role.layout for role in one.plan.roles]))
+    return found[:most]
+
+
+def _search(
+    plan: Plan, gpu: Gpu, replan: Callable[[RunConfig, int], Plan], values_of_all: dict[str, Any]
+) -> list[Found]:
     found: list[Found] = []
+    is_uneven = any(role.layout.first_stage_layers or role.layout.last_stage_layers for role in plan.roles)
     for recompute in ("none", "full"):
         base: dict[str, Any] = {"model.recompute": recompute, "parallel.sequence_parallel": True}
+        base |= values_of_all | with_layout("first_stage_layers", None) | with_layout("last_stage_layers", None)
         config = with_values(plan.config, base)
         ranked = _combinations(plan, config, gpu)
         for combination in itertools.islice(ranked, WHOLE_PLANS):
             values = base | _layout_values(plan.roles, combination)
             whole = replan(with_values(plan.config, values), plan.world_size)
             if not whole.faults:
-                found.append(Found(whole, values))
-    found.sort(key=lambda one: _rank(one.plan.seconds, [role.layout for role in one.plan.roles]))
-    return found[:most]
+                found.append(Found(whole, values, is_uneven))
+    return found
 
 
 def _rank(seconds: float, layouts: Sequence[ParallelLayout]) -> tuple[int, int, int, float]:
@@ -117,17 +136,16 @@ def _candidate(
 ) -> Candidate:
     seconds, state, extra = 0.0, 0, 0
     for role in group:
-        placed = PlannedRole(
-            role.name, role.shape, layout, role.source, role.trained, role.samples, role.extra_scalar_head
-        )
+        placed = replace(role, layout=layout, offload=getattr(config.parallel, role.name).offload)
         stages = [
             role_memory(placed, stage, config, plan.command, plan.workload, "cuda")
             for stage in sorted({0, layout.pp // 2, layout.pp - 1})
         ]
-        state += max(stage.resident.total for stage in stages)
+        state += max(held(stage, TRAINING if role.trained else ()).total for stage in stages)
         extra = max(
             extra,
             *(part.total for stage in stages for phase, part in stage.extra.items() if phase != "load"),
+            *(stage.resident.optimizer for stage in stages if placed.offload != "none"),
         )
         seconds += _seconds(placed, config, plan.workload, gpu)
     return Candidate(layout, seconds, state, extra)

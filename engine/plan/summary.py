@@ -12,10 +12,12 @@ def summary_lines(plan: Plan) -> list[str]:
     lines = []
     for memory in worst.roles:
         layout, state = memory.role.layout, memory.resident
+        options = f" vpp {layout.vpp}" if layout.vpp > 1 else ""
+        options += f" offload {memory.role.offload}" if memory.role.offload != "none" else ""
         extras = ", ".join(f"{phase} +{size(extra.total)}" for phase, extra in memory.extra.items())
         lines.append(
-            f"plan {memory.role.name}: tp {layout.tp} pp {layout.pp} dp {layout.dp}"
-            f"{f' vpp {layout.vpp}' if layout.vpp > 1 else ''}, per rank weights {size(state.weights)}, "
+            f"plan {memory.role.name}: tp {layout.tp} pp {layout.pp} dp {layout.dp}{options}, per rank weights "
+            f"{size(state.weights)}, "
             f"gradients {size(state.gradients)}, optimizer {size(state.optimizer)}; {extras}"
         )
     phase = worst.worst_phase()

@@ -30,7 +30,7 @@ OPTIMIZER_BYTES = {"fp32": 28, "bf16": 30}
 @dataclass(frozen=True)
 class Cost:
     """Of one iteration. tp, pp, dp: bytes that one rank sends over groups of that kind. storage: bytes of all ranks
-    from or to disk.
+    from or to disk. host: bytes between one GPU and its host.
     """
 
     seconds: float = 0.0
@@ -38,6 +38,7 @@ class Cost:
     pp: float = 0.0
     dp: float = 0.0
     storage: float = 0.0
+    host: float = 0.0
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, name.name) + getattr(other, name.name) for name in fields(self)))
@@ -100,6 +101,19 @@ def load_cost(role: PlannedRole, config: RunConfig, world_size: int, gpu: Gpu) -
     """Every replica reads the folder; a node's storage serves its ranks."""
     size = float(ITEMSIZE[config.model.dtype] * role.shape.num_parameters()) * role.layout.dp
     return _storage(size, world_size, gpu)
+
+
+def offload_cost(role: PlannedRole, config: RunConfig, workload: Workload, gpu: Gpu) -> Cost:
+    """What parallel.ROLE.offload moves, as if none of it were hidden behind work: weights for each phase that needs
+    them, and back after an update; the optimizer's state there and back for each step.
+    """
+    numel = role.shape.num_parameters() / (role.layout.tp * role.layout.pp)
+    weights = ITEMSIZE[config.model.dtype] * numel
+    state = (12 if config.model.dtype == "bf16" else 8) * numel / role.layout.dp
+    moved = 2 * state * workload.steps if role.trained else 0.0
+    if role.offload == "all":
+        moved += weights * (1 + role.samples + 2 * role.trained)
+    return Cost(moved / (gpu.host * LINK_EFFICIENCY), host=moved)
 
 
 def checkpoint_cost(role: PlannedRole, config: RunConfig, gpu: Gpu) -> Cost:

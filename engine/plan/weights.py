@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ppomax.engine.models.shape import ModelShape
+from ppomax.engine.models.shape import ModelShape, layers_per_stage
 from ppomax.engine.parallel.layout import ParallelLayout
 
 PARAMETER_START = 64
@@ -27,7 +27,10 @@ class Parameter:
 
 def num_layers(shape: ModelShape, layout: ParallelLayout, pp_rank: int) -> int:
     """Of each chunk of a pipeline rank."""
-    return shape.num_layers // (layout.pp * layout.vpp)
+    stages = layers_per_stage(
+        shape.num_layers, pp=layout.pp, first=layout.first_stage_layers, last=layout.last_stage_layers
+    )
+    return stages[pp_rank] // layout.vpp
 
 
 def layer_matrices(shape: ModelShape, tp: int) -> dict[str, int]:

@@ -53,6 +53,7 @@ LAYOUTS = {
     "pp2": ParallelLayout(tp=1, pp=2, dp=1),
     "dp2": ParallelLayout(tp=1, pp=1, dp=2),
     "pp2_vpp2": ParallelLayout(tp=1, pp=2, dp=1, vpp=2),
+    "pp2_uneven": ParallelLayout(tp=1, pp=2, dp=1, last_stage_layers=1),
     "tp2_pp2": ParallelLayout(tp=2, pp=2, dp=1),
     "tp2_dp2": ParallelLayout(tp=2, pp=1, dp=2),
     "pp2_dp2": ParallelLayout(tp=1, pp=2, dp=2),

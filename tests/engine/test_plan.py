@@ -1,5 +1,6 @@
 """The planner's arithmetic: phases, cache, faults and advice, times and volumes, search."""
 
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ppomax.engine.plan.advice import proposals, with_values
 from ppomax.engine.plan.gpus import COMPUTE_EFFICIENCY, GPUS, find_gpu
 from ppomax.engine.plan.memory import GIB, Bytes
 from ppomax.engine.plan.models import MODELS, known_model
+from ppomax.engine.plan.moments import OFFLOADED, held, moments
 from ppomax.engine.plan.plan import CACHE_SHARE, Plan, check_fits, make_plan
 from ppomax.engine.plan.search import search
 from ppomax.engine.plan.timing import forward_flops, scoring_cost, update_cost
@@ -82,7 +84,7 @@ def test_the_cache_is_that_of_the_generator() -> None:
     assert planned("sampling.cache_gib=4").worst.peak("rollout").kv_cache == 4 * GIB
     small = planned(capacity=34 * GIB)
     assert small.cache_pages is not None
-    free = 34 * GIB - small.ranks[0].resident.total
+    free = 34 * GIB - sum(memory.resident.total for memory in small.ranks[0].roles)
     page = 32 * 16 * 8 * 128 * 2 * 2
     assert 0 <= CACHE_SHARE * free - small.cache_pages * page < page
 
@@ -109,6 +111,59 @@ def test_a_rollout_has_room_for_evaluations_and_over_sampling() -> None:
         for more in ("train.seed=1", "monitor.eval_size=48", "ppo.over_sampling_size=40")
     ]
     assert pages == [32 * 64, 48 * 64, 40 * 64]
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_what_is_offloaded_is_on_the_device_when_a_run_has_it_there(offload: str) -> None:
+    """By the table of tests/dist/test_offload.py, which whole runs are held to."""
+    path = Path(__file__).parents[1] / "dist/test_offload.py"
+    spec = importlib.util.spec_from_file_location("_by_path_test_offload", path)
+    assert spec is not None
+    assert spec.loader is not None
+    of_runs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(of_runs)
+    rank = planned(f"parallel.offload={offload}").worst
+    phases = {}
+    for moment in moments(rank.roles):
+        if moment.phase != "checkpoint":
+            is_step = moment.phase == "update" and moment.extra == Bytes()
+            work = {"rollout": "rollout", "scoring": f"forward {moment.role}", "update": f"backward {moment.role}"}
+            here = {
+                f"{memory.role.name} {kind}"
+                for memory in rank.roles
+                for kind, size in vars(held(memory, moment.needs.get(memory.role.name, ()))).items()
+                if size > 0
+            }
+            phases[f"step {moment.role}" if is_step else work[moment.phase]] = here
+    assert phases == of_runs.PHASES[offload]
+
+
+def test_the_kinds_that_offload_names_are_those_of_the_engine() -> None:
+    from ppomax.engine.models import offload
+
+    assert OFFLOADED == offload.MOVED
+
+
+def test_offload_lowers_the_peak_and_costs_transfers() -> None:
+    plans = [planned(f"parallel.offload={what}") for what in ("none", "optimizer", "all")]
+    peaks = [plan.worst.total for plan in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    assert plans[0].seconds < plans[1].seconds < plans[2].seconds
+    state = 12 * 6_738_415_616 / 8
+    assert plans[1].costs["policy", "offload"].host == pytest.approx(4 * 2 * state)
+    # Weights come for sampling, scoring and the update, and go back once.
+    assert plans[2].costs["policy", "offload"].host == pytest.approx(4 * 2 * state + 4 * 2 * 6_738_415_616 / 8)
+    assert plans[2].costs["reward", "offload"].host == pytest.approx(2 * 6_607_347_712 / 8)
+
+
+def test_fewer_layers_where_the_head_is_shorten_the_slowest_stage() -> None:
+    shape = replace(MODELS["llama-7b"], vocab_size=128_000, num_layers=31)
+    words = ["parallel.tp=1", "parallel.pp=4"]
+    even = planned(*words, gpus=4, model=replace(shape, num_layers=32))
+    uneven = planned(*words, "parallel.last_stage_layers=7", gpus=4, model=shape)
+    assert uneven.costs["reference", "scoring"].seconds < even.costs["reference", "scoring"].seconds
+    assert uneven.ranks[0].roles[0].resident == even.ranks[0].roles[0].resident
+    assert uneven.ranks[3].roles[0].resident.total < even.ranks[3].roles[0].resident.total
 
 
 def test_tied_embeddings_and_uneven_stages_are_planned_rank_by_rank() -> None:
@@ -290,6 +345,20 @@ def test_no_layout_of_70b_fits_one_node_of_40_gb() -> None:
         return make_plan(config, "ppo", world_size, gpu=gpu, model=MODELS["llama-70b"])
 
     assert search(plan, gpu, replan) == []
+
+
+def test_the_search_offloads_where_nothing_fits_without() -> None:
+    def replan(config: RunConfig, world_size: int) -> Plan:
+        return make_plan(config, "ppo", world_size, gpu=small)
+
+    small = replace(GPUS["a100-40g"], memory=33e9)
+    plan = make_plan(planned().config, "ppo", 8, gpu=small)
+    found = search(plan, small, replan)
+    assert found
+    for one in found:
+        assert {role.offload for role in one.plan.roles} == {"all"}
+        config = load_config(CONFIG, one.overrides(), command="ppo", for_planning=True)
+        assert replan(config, 8).worst.total == one.plan.worst.total <= 33e9
 
 
 def test_the_search_drops_layouts_whose_cache_is_too_small() -> None:
