@@ -86,8 +86,10 @@ class RoleMemory:
         """Within it these kinds are on the device, for the stream that is current."""
         self.hold(*kinds)
         self.wait()
-        yield
-        self.release(*kinds)
+        try:
+            yield
+        finally:
+            self.release(*kinds)
 
     def _bring(self, storages: "_Storages") -> None:
         if storages.is_here:

@@ -84,13 +84,13 @@ def generate(
     batch = Batch(rows, max_lengths, seeds, role.device, begun)
     share = _share_of_replica(batch, samples, role)
     stop = StopRule(eos_id, tuple(map(tuple, stop_sequences)), sampling.min_new_tokens)
-    affordable = affordable_pages(role, sampling)
-    fault = cache_fault(max(batch.max_lengths), affordable, role, sampling)
-    if fault is not None:
-        raise DoesNotFitError(fault)
     default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
     steps_ahead = default if sampling.steps_ahead is None else sampling.steps_ahead
     with role.memory.resident("weights"):
+        affordable = affordable_pages(role, sampling)
+        fault = cache_fault(max(batch.max_lengths), affordable, role, sampling)
+        if fault is not None:
+            raise DoesNotFitError(fault)
         with torch_functions_as_they_are():
             flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
         _run(flights, len(role.chunks), steps_ahead, None if watch is None else watch(batch, share, role))
