@@ -7,6 +7,7 @@ what another one saved.
 
 import json
 import os
+import queue
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ppomax.engine.checkpoint_state import FORMAT, read_state
@@ -38,10 +41,17 @@ def save_checkpoint(folder: str, step: int, roles: Mapping[str, Role], state: Ma
             shutil.rmtree(partial, ignore_errors=True)
             for name in roles:
                 (partial / name).mkdir(parents=True)
+    # Megatron would start a server for this queue, a process per rank that outlives a rank that is killed and keeps its
+    # output open: only asynchronous saves share the queue with another process.
+    filesystem_async._results_queue = queue.Queue()
     for name, role in roles.items():
         with role.memory.resident("weights", "optimizer"):
+            state_dict = _sharded_state(role, loading=False)
+            # What is not split, rank 0 writes: also where the role is not on it.
+            _, common = extract_sharded_base(state_dict)
+            common = role.groups.give_object_to_all(common)
             dist_checkpointing.save(
-                _sharded_state(role, loading=False),
+                state_dict if role.is_here else common,
                 str(partial / name),
                 content_metadata={"distrib_optim_sharding_type": "fully_reshardable"},
             )
@@ -88,6 +98,8 @@ def _load_role(path: Path, role: Role) -> None:
             raise CheckpointError(
                 f"checkpoint {path} cannot be loaded ({_cause(error)}); take another step_N folder"
             ) from error
+    if not role.is_here:
+        return
     for number, chunk in enumerate(role.chunks):
         chunk.load_state_dict(loaded["model"][str(number)])
     assert role.optimizer is not None
@@ -117,6 +129,9 @@ def find_checkpoint(resume: str, folder: str) -> Path | None:
 
 
 def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
+    """What Megatron saves and loads of a role; nothing on the ranks that are not the role's."""
+    if not role.is_here:
+        return {}
     # Megatron's default sharding of the optimizer cannot be saved in 0.16; this one loads under any layout.
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": role.groups.megatron.dp_cp}
     model = {

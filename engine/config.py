@@ -97,6 +97,10 @@ class RoleLayout(Section):
     vpp: Positive = 1
     """Model chunks per pipeline rank, run in Megatron's interleaved schedule: smaller bubbles, more communication.
     1: plain 1F1B. More needs pp > 1 and a number of layers that pp * vpp divides."""
+    first_rank: Count = 0
+    """The role lives on consecutive ranks of the run, from this one on."""
+    num_ranks: Positive | None = None
+    """How many they are; unset: all that follow. Roles on ranks of their own work at the same time."""
     first_stage_layers: Positive | None = None
     """Layers of the first pipeline stage, which holds the embedding too; the stages without a number of their own share
     the rest evenly. Unset: as many as they. With vpp a multiple of it."""
@@ -114,11 +118,17 @@ class RoleLayout(Section):
             raise ValueError(f"parallel.ROLE.cp = {data['cp']}: {NO_CONTEXT_PARALLELISM}")
         return data
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether the role takes all ranks, however many there are."""
+        return self.first_rank == 0 and self.num_ranks is None
+
 
 class ParallelConfig(Section):
     """Layouts of the four roles. `parallel.tp=2` sets all four, `parallel.critic.tp=1` one; so do the other keys.
 
-    The replicas of a role are what remains: dp = world size / (tp * pp).
+    A role takes all ranks of the run unless first_rank and num_ranks say otherwise; its replicas are what remains:
+    dp = ranks of the role / (tp * pp).
     """
 
     policy: RoleLayout = RoleLayout()
@@ -476,6 +486,9 @@ class MonitorConfig(Section):
     score (sampling.length_penalty) is evaluated. Source: 1, P p.17."""
     num_samples: Count = 8
     """Dialogues written out by an evaluation of `ppo`; `evaluate` writes all."""
+    trace: bool = False
+    """`ppo` writes traces/rank_N.json: when each rank sampled, scored and trained which role, for chrome://tracing or
+    ui.perfetto.dev. A GPU is waited for at the end of each span."""
 
 
 class TrainConfig(Section):

@@ -20,12 +20,29 @@ MODELS_NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("critic", "ppo", "eva
 """Those without which it cannot run; the others have a default."""
 
 
+def roles_in_use(config: RunConfig, command: str) -> tuple[str, ...]:
+    """The roles that a stage runs: those whose layouts matter."""
+    if command in ("sft", "generate"):
+        return ("policy",)
+    if command == "reward":
+        return ("reward",)
+    reference, policy = config.model.reference, config.model.policy
+    has_reference = {"critic": reference not in ("", policy), "evaluate": reference != ""}.get(command, True)
+    return (
+        "policy",
+        *(("critic",) if command != "evaluate" else ()),
+        *(("reference",) if has_reference else ()),
+        "reward",
+    )
+
+
 def impossible_combinations(config: RunConfig, command: str) -> list[str]:
     """One text per fault: what does not go together, or is missing, in this stage."""
     data, model, ppo, sampling, train = config.data, config.model, config.ppo, config.sampling, config.train
     samples = command in ("critic", "ppo", "evaluate", "generate")
     evaluates = command == "evaluate" or (command != "critic" and config.monitor.eval_every > 0)
-    has_reference = command == "ppo" or (command == "critic" and model.reference not in ("", model.policy))
+    roles = roles_in_use(config, command)
+    placed = [f"parallel.{role}" for role in roles if not getattr(config.parallel, role).is_everywhere]
     epochs = {"sft": config.sft.epochs, "reward": config.reward.epochs}.get(command, 0.0)
     checks = {
         f"model.{role} is empty; set it to the Hugging Face folder of the {role} model": not getattr(model, role)
@@ -65,6 +82,14 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         '"embedded", or both to 0': (
             command == "ppo" and ppo.over_sampling_size + ppo.overlap_scoring > 0 and sampling.backend == "vllm"
         ),
+        "ppo.overlap_scoring scores between the steps of generation, on the ranks that sample, but "
+        f"{', '.join(placed)} has ranks of its own; set ppo.overlap_scoring = 0, or no first_rank and num_ranks": (
+            command == "ppo" and ppo.overlap_scoring > 0 and bool(placed)
+        ),
+        'sampling.backend is "vllm", whose processes must be all ranks of the run; leave parallel.policy without '
+        'first_rank and num_ranks, or set sampling.backend = "embedded"': (
+            samples and sampling.backend == "vllm" and "parallel.policy" in placed
+        ),
         f"ppo.ptx_coef is {ppo.ptx_coef} but data.ptx is empty; set data.ptx to dialogues, or ppo.ptx_coef = 0": (
             command == "ppo" and ppo.ptx_coef > 0 and not data.ptx
         ),
@@ -73,7 +98,8 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         ),
         'ppo.kl_estimator "full" compares whole distributions on one rank; set parallel.reference equal to '
         "parallel.policy": (
-            has_reference
+            command in ("critic", "ppo")
+            and "reference" in roles
             and ppo.kl_estimator == "full"
             and split(config.parallel.reference) != split(config.parallel.policy)
         ),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ppomax.engine.config import OptimConfig
 from ppomax.engine.models.offload import RoleMemory
+from ppomax.engine.parallel.device import this_device
 from ppomax.engine.parallel.groups import RoleGroups
 from ppomax.kernels.adamw import adamw_step, squared_norm
 
@@ -198,7 +199,10 @@ class FlatAdamW(DistributedOptimizer):
 def make_optimizer(
     modules: Sequence[DistributedDataParallel], groups: RoleGroups, config: OptimConfig, *, eps: float, bf16: bool
 ) -> FlatAdamW:
-    """The optimizer of all chunks of a model, whose gradients Megatron collects in contiguous buffers."""
+    """The optimizer of all chunks of a model, whose gradients Megatron collects in contiguous buffers.
+
+    Collective over all ranks of the run: those that are not the role's call `watch_optimizer_made`.
+    """
     # These are the names that Megatron looks up when it builds its optimizer; there is no argument for the classes.
     megatron_optimizer.Adam = megatron_distributed.Adam = AdamWGroups
     megatron_optimizer.DistributedOptimizer = FlatAdamW
@@ -224,25 +228,45 @@ def make_optimizer(
     return optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
 
 
+def watch_optimizer_made() -> None:
+    """The part of a rank without the role in `make_optimizer`: Megatron makes the same parameter groups on all ranks of
+    the run, whatever its process groups, and asks each for its own: once for dense parameters, once for experts'.
+    """
+    for _ in range(2):
+        dist.all_gather_object([None] * dist.get_world_size(), [])
+
+
 @torch.no_grad()
 def clip_and_step(
-    optimizers: Sequence[FlatAdamW], memories: Sequence[RoleMemory], *, max_norm: float, joint: bool
+    optimizers: Sequence[FlatAdamW | None],
+    groups: Sequence[RoleGroups],
+    memories: Sequence[RoleMemory],
+    *,
+    max_norm: float,
+    joint: bool,
 ) -> list[float] | None:
     """One step of every optimizer after clipping by the joint norm of all gradients, or each by its own.
 
-    memories: of the optimizers' roles, of which weights and gradients must be held; the state of one optimizer comes
-    while another makes its step. max_norm: largest L2 norm; 0 does not clip.
-    Returns the norms before clipping (one, or one per optimizer), or None where one is not finite: then no weight has
-    changed. Collective over all ranks of the roles.
+    optimizers: of each trained role; None where it is not on this rank. groups: those of the roles. memories: of the
+    roles, of which weights and gradients must be held; the state of one optimizer comes while another makes its step.
+    max_norm: largest L2 norm; 0 does not clip. Returns the norms before clipping (one, or one per optimizer), or None
+    where one is not finite: then no weight has changed. Every rank of the run must call it.
     Norms, clip coefficients and whether all is finite stay on the device, where the steps read them. One host sync for
     all optimizers together: for the norms, when everything is launched.
     """
-    squares = torch.stack([optimizer.squared_grad_norm() for optimizer in optimizers])
+    squares = torch.zeros(len(optimizers), dtype=torch.float64, device=this_device())
+    for i, optimizer in enumerate(optimizers):
+        if optimizer is not None:
+            squares[i] = optimizer.squared_grad_norm()
+    for square, role_groups in zip(squares.split(1), groups, strict=True):
+        role_groups.give_to_all(square)
     norms = (squares.sum(dim=0, keepdim=True) if joint else squares).sqrt()
     is_finite = norms.isfinite().all()
     scales = (max_norm / (norms + 1e-6)).clamp(max=1.0).float().expand(len(optimizers)) if max_norm > 0 else None
     read_norms = _start_reading(norms)
     for i, (optimizer, memory) in enumerate(zip(optimizers, memories, strict=True)):
+        if optimizer is None:
+            continue
         with memory.resident("optimizer"):
             for following in memories[i + 1 : i + 2]:
                 following.prefetch("optimizer")
@@ -251,7 +275,8 @@ def clip_and_step(
     if not all(math.isfinite(norm) for norm in found):
         return None
     for optimizer in optimizers:
-        optimizer.count_step()
+        if optimizer is not None:
+            optimizer.count_step()
     return found
 
 

@@ -36,13 +36,16 @@ from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.vllm_backend import VllmBackend
 from ppomax.engine.rollout.watch import MakeWatch
 from ppomax.engine.steps import StepCounter
+from ppomax.engine.trace import Trace
 
 SAMPLING_STAGES = ("critic", "ppo", "evaluate")
 
 
 @dataclass(frozen=True)
 class Session:
-    """One stage on this rank. resume: the checkpoint to go on from, if any. vllm: with sampling.backend = "vllm"."""
+    """One stage on this rank. resume: the checkpoint to go on from, if any. vllm: with sampling.backend = "vllm".
+    trace: with monitor.trace.
+    """
 
     config: RunConfig
     device: torch.device
@@ -52,6 +55,7 @@ class Session:
     log: RunLog
     resume: Path | None
     vllm: VllmBackend | None
+    trace: Trace | None
 
 
 @contextlib.contextmanager
@@ -77,7 +81,10 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
             log.say(line)
         log.write_json("plan.json", plan_record(plan, None, what=meter.what))
         vllm = _vllm(config, groups["policy"], tokenizer) if command in SAMPLING_STAGES else None
-        yield Session(config, device, groups, tokenizer, template, log, resume, vllm)
+        trace = None
+        if config.monitor.trace:
+            trace = Trace(Path(config.train.output) / "traces" / f"rank_{dist.get_rank()}.json", dist.get_rank())
+        yield Session(config, device, groups, tokenizer, template, log, resume, vllm, trace)
         if vllm is not None:
             vllm.close()
         peaks = meter.peaks()
@@ -194,7 +201,7 @@ def _sample_in_vllm(
 
 
 def export(session: Session, role: Role, name: str, *, shape: ModelShape | None = None) -> str:
-    """Writes a role as a Hugging Face folder train.output/`name`. Collective over the role's ranks."""
+    """Writes a role as a Hugging Face folder train.output/`name`. Collective over all ranks of the run."""
     folder = str(Path(session.config.train.output) / name)
     with role.memory.resident("weights"):
         save_hf(

@@ -48,21 +48,24 @@ def apply_gradients(
     trained: Sequence[tuple[Role, float]], stats: Mapping[str, float], optim: OptimConfig, counter: StepCounter
 ) -> dict[str, float]:
     """Steps every (role, peak learning rate) unless a loss in `stats` or a gradient norm is not finite, which is
-    counted.
+    counted. stats: the same on every rank.
 
     Weights and gradients of the roles must be held. Returns stats with the gradient norm(s) before clipping and the
-    first role's learning rate. Raises DivergedError. Collective over all ranks of the roles.
+    first role's learning rate. Raises DivergedError. Every rank of the run must call it.
     """
     factor = learning_rate_factor(optim, counter.step, counter.num_steps)
     optimizers = []
     memories = [role.memory for role, _ in trained]
     for role, peak in trained:
-        assert role.optimizer is not None
-        set_learning_rate(role.optimizer, peak * factor)
+        if role.optimizer is not None:
+            set_learning_rate(role.optimizer, peak * factor)
         optimizers.append(role.optimizer)
     bad = [name for name, value in stats.items() if not math.isfinite(value)]
     joint = optim.joint_grad_clip or len(trained) == 1
-    norms = None if bad else clip_and_step(optimizers, memories, max_norm=optim.grad_clip, joint=joint)
+    groups = [role.groups for role, _ in trained]
+    norms = None
+    if not bad:
+        norms = clip_and_step(optimizers, groups, memories, max_norm=optim.grad_clip, joint=joint)
     what = f"{bad[0]} is {stats[bad[0]]}" if bad else "a gradient is not finite"
     counter.record(applied=norms is not None, what=what)
     names = ["grad_norm"] if joint else [f"grad_norm_{role.name}" for role, _ in trained]

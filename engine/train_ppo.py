@@ -24,6 +24,7 @@ from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.watch import Ended
 from ppomax.engine.session import Session, export, is_due, open_session, sample, sample_held_out, save_if_due
 from ppomax.engine.steps import StepCounter
+from ppomax.engine.trace import span
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def run(config: RunConfig) -> None:
         held_out = _prompts(session, config.data.eval).rows[: config.monitor.eval_size] if config.data.eval else ()
         session.log.say(f"data.train: {prompts.summary()}")
         models = load_models(session)
-        settings = UpdateSettings(ppo, config.optim, train.tokens_per_microbatch)
+        trace = session.trace
+        settings = UpdateSettings(ppo, config.optim, train.tokens_per_microbatch, trace)
         steps_per_iteration = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
         counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
         state = TrainState(0, 0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
@@ -85,8 +87,10 @@ def run(config: RunConfig) -> None:
         if held_out and state.step == 0:
             _evaluate(session, models, held_out, 0)
         while state.step < train.steps:
-            scorer = make_scorer(models, train.tokens_per_microbatch, is_early=ppo.overlap_scoring > 0)
-            rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
+            is_early = ppo.overlap_scoring > 0
+            scorer = make_scorer(models, train.tokens_per_microbatch, is_early=is_early, trace=trace)
+            with span(trace, "rollout", is_here=models.policy.is_here):
+                rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
             models.policy.memory.release("weights")
             experience, scaler = make_experience(
                 rollout,
@@ -96,6 +100,7 @@ def run(config: RunConfig) -> None:
                 config=ppo,
                 tokens_per_microbatch=train.tokens_per_microbatch,
                 scorer=scorer,
+                trace=trace,
             )
             generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.step)
             models.policy.memory.hold("weights")
@@ -114,7 +119,8 @@ def run(config: RunConfig) -> None:
             is_last = state.step == train.steps
             if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
                 _evaluate(session, models, held_out, state.step)
-            save_if_due(session, state.step, trained, state.to_json(), counter)
+            with span(trace, "checkpoint"):
+                save_if_due(session, state.step, trained, state.to_json(), counter)
         export(session, models.policy, "hf")
         export(session, models.critic, "critic_hf")
 

@@ -59,7 +59,7 @@ def inference_config(model: str, overrides: Sequence[str]) -> RunConfig:
     longest = max(1, min(SamplingConfig().max_new_tokens, context // 2))
     defaults = [f"data.max_length={context}", f"sampling.max_new_tokens={longest}"]
     config = load_config(None, [*defaults, *overrides, f"model.policy={model}"], command="generate")
-    check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_layout(config, int(os.environ.get("WORLD_SIZE", "1")), ("policy",))
     check_paths(config, "generate")
     check_models(config, "generate")
     return config

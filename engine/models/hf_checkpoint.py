@@ -88,16 +88,16 @@ def save_hf(
     tokenizer: Tokenizer | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes a folder that transformers loads; every rank of the role must call it.
+    """Writes a folder that transformers loads; the role's first rank writes. Every rank of the run must call it.
 
     chunks: this rank's. shape: the model's; or, of a model with both heads, that with scalar=True: the scalar head is
     written, the vocabulary head is not. dtype: of the written tensors.
     The folder appears complete or not at all. One that exists is replaced only if an earlier export wrote it.
-    Raises CheckpointError on every rank if rank 0 cannot write.
+    Raises CheckpointError on every rank if that rank cannot write.
     """
     fault = f"could not write {folder}; check the free space and the permissions of its parent folder"
     writer = None
-    if dist.get_rank() == 0:
+    if dist.get_rank() == groups.layout.first_rank:
         dtypes = dict.fromkeys(tensor_order(shape), dtype)
         writer = FolderWriter(folder, shape, dtypes, max_file_bytes, EARLIER_EXPORT)
     try:

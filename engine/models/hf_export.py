@@ -26,9 +26,10 @@ def export_weights(
     first replica alone.
     shape: the model's; or, of a model with both heads, that with scalar=True: the scalar head instead of the vocabulary
     head. dtype: of the tensors, which are copies.
-    Every rank must iterate to the end (without `everywhere`, those of the other replicas have nothing to do).
+    Every rank must iterate to the end (without `everywhere`, those of the other replicas have nothing to do, nor have
+    ranks that are not the role's).
     """
-    if groups.dp_rank != 0 and not everywhere:
+    if not groups.is_here or (groups.dp_rank != 0 and not everywhere):
         return
     parameters = {
         global_name(chunk, name): parameter.detach() for chunk in chunks for name, parameter in chunk.named_parameters()

@@ -17,18 +17,20 @@ from ppomax.engine.models.hf_reader import RandomReader, SafetensorsReader, Weig
 from ppomax.engine.models.offload import Kind, Offload, RoleMemory
 from ppomax.engine.models.shape import ModelShape, shape_from_init
 from ppomax.engine.models.transformer import PackedModel, build_chunks
-from ppomax.engine.optim import FlatAdamW, make_optimizer
+from ppomax.engine.optim import FlatAdamW, make_optimizer, watch_optimizer_made
+from ppomax.engine.parallel.device import this_device
 from ppomax.engine.parallel.groups import RoleGroups, make_groups
 from ppomax.engine.parallel.layout import make_layout
 
 
 @dataclass
 class Role:
-    """One model on this rank.
+    """One model on this rank. On a rank that is none of the role's: its name, shape and groups alone.
 
     chunks: this rank's parts of the model, in order: one, or as many as vpp. modules: what the schedules run: the
     chunks, each inside DistributedDataParallel where trained.
-    optimizer: of all chunks; None for frozen roles. memory: what of all that is on the device.
+    optimizer: of all chunks; None for frozen roles, and where the role is not here. memory: what of all that is on the
+    device.
     """
 
     name: str
@@ -40,13 +42,18 @@ class Role:
     memory: RoleMemory
 
     @property
+    def is_here(self) -> bool:
+        """Whether this rank is one of the role's."""
+        return self.groups.is_here
+
+    @property
     def stage(self) -> PackedModel:
         """The last chunk: on the last pipeline rank the one with the head."""
         return self.chunks[-1]
 
     @property
     def device(self) -> torch.device:
-        return next(self.stage.parameters()).device
+        return next(self.stage.parameters()).device if self.is_here else this_device()
 
 
 def role_groups(config: RunConfig) -> dict[str, RoleGroups]:
@@ -148,6 +155,11 @@ def make_role(
     trained: bool = False,
     eps: float = 1e-8,
 ) -> Role:
+    if not groups.is_here:
+        if trained:
+            watch_optimizer_made()
+        nothing: dict[Kind, list[Tensor]] = {"weights": [], "gradients": [], "optimizer": []}
+        return Role(name, shape, groups, [], [], None, RoleMemory(nothing, "none", this_device()))
     chunks = build_chunks(
         config.model,
         shape,

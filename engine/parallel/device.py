@@ -53,6 +53,11 @@ def start(timeout_seconds: int) -> torch.device:
     return device
 
 
+def this_device() -> torch.device:
+    """The device of this process, after `start`."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def _prepare_megatron_globals() -> None:
     """The two module globals of megatron-core that explicit process groups do not replace (docs/design.md)."""
     from megatron.core import parallel_state

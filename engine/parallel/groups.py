@@ -4,29 +4,39 @@
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from ppomax.engine.parallel.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
 class RoleGroups:
-    """The groups of one role on this rank.
+    """The groups of one role on this rank. A rank that is none of the role's has `outward` alone.
 
     megatron: tp, pp, dp and the rest under Megatron's names.
     results: the ranks with this rank's tp coordinate: a sum over them brings every result of the last stages to every
     rank.
     back: the ranks of pp once more: sampled tokens, and hidden states on their way from the last stage to the next
     chunk of the first, travel back beside the hidden states that travel forward.
+    outward: the role's first rank and all ranks of the run that are not the role's: what it computes reaches them from
+    there. None where there are no such ranks, and on the role's other ranks.
     """
 
     layout: ParallelLayout
     megatron: ProcessGroupCollection
     results: dist.ProcessGroup
     back: dist.ProcessGroup | None
+    outward: dist.ProcessGroup | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank is one of the role's."""
+        return dist.get_rank() in self.layout.ranks
 
     @property
     def tp_rank(self) -> int:
@@ -48,6 +58,27 @@ class RoleGroups:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.layout.pp - 1
 
+    def give_to_all(self, x: Tensor) -> None:
+        """Overwrites x, on the ranks that are not the role's, with that of the role, the same on all of its ranks.
+
+        Every rank of the run must call it. Where the role is on all of them nothing happens.
+        """
+        if self.outward is not None:
+            whole = x.contiguous()
+            dist.broadcast(whole, src=self.layout.first_rank, group=self.outward)
+            if whole is not x:
+                x.copy_(whole)
+
+    def give_object_to_all(self, content: Any) -> Any:
+        """On the ranks that are not the role's: what its first rank has as `content`; elsewhere content itself. Every
+        rank of the run must call it. It travels as a pickle, between processes of one run.
+        """
+        if self.outward is None:
+            return content
+        box = [content]
+        dist.broadcast_object_list(box, src=self.layout.first_rank, group=self.outward)
+        return box[0]
+
 
 def make_groups(layouts: dict[str, ParallelLayout], *, timeout_seconds: int = 600) -> dict[str, RoleGroups]:
     """The groups of each role; roles of equal layout share theirs. Every rank of the world must call it with the same
@@ -64,7 +95,8 @@ def make_groups(layouts: dict[str, ParallelLayout], *, timeout_seconds: int = 60
 
 
 def _make(layout: ParallelLayout, timeout: datetime.timedelta) -> RoleGroups:
-    grid = HyperCommGrid([layout.tp, 1, layout.pp, layout.dp], ["tp", "cp", "pp", "dp"])
+    shape = [layout.tp, 1, layout.pp, layout.dp]
+    grid = HyperCommGrid(shape, ["tp", "cp", "pp", "dp"], rank_offset=layout.first_rank)
     groups = ProcessGroupCollection()
     groups.tp = grid.create_pg(["tp"], timeout=timeout)
     groups.cp = grid.create_pg(["cp"], timeout=timeout)
@@ -83,8 +115,13 @@ def _make(layout: ParallelLayout, timeout: datetime.timedelta) -> RoleGroups:
     groups.embd = _embedding_group(grid, timeout)
     groups.pos_embd = None
     results = grid.create_pg(["pp", "dp"], timeout=timeout)
+    others = [rank for rank in range(dist.get_world_size()) if rank not in layout.ranks]
     return RoleGroups(
-        layout=layout, megatron=groups, results=results, back=_own_group(grid.get_rank_enum(["pp"]), timeout)
+        layout=layout,
+        megatron=groups,
+        results=results,
+        back=_own_group(grid.get_rank_enum(["pp"]), timeout),
+        outward=_own_group([[layout.first_rank, *others]], timeout) if others else None,
     )
 
 

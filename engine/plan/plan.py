@@ -150,7 +150,10 @@ def make_plan(
         for role in roles
         for stage in range(role.layout.pp)
     }
-    keys = [tuple((role.name, role.layout.coordinates(rank)[1]) for role in roles) for rank in range(world_size)]
+    keys = [
+        tuple((role.name, role.layout.coordinates(rank)[1]) for role in roles if rank in role.layout.ranks)
+        for rank in range(world_size)
+    ]
     first = {key: keys.index(key) for key in dict.fromkeys(keys)}
     ranks = [RankPlan(rank, tuple(memories[one] for one in key)) for key, rank in first.items()]
     number = {key: i for i, key in enumerate(first)}

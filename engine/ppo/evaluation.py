@@ -64,12 +64,19 @@ def evaluate_policy(
 ) -> PolicyEvaluation:
     """Scores sampled responses to held-out prompts (raw scores).
 
-    reference: the KL is measured against it; None leaves it out. Collective over all ranks of the roles.
+    reference: the KL is measured against it; None leaves it out. Every rank of the run must call it.
     """
     limit = train.tokens_per_microbatch
     sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
     scores = sequence_scores(reward, sequences, tokens_per_microbatch=limit)
     logprobs, entropy = token_logprobs(policy, rollout, tokens_per_microbatch=limit)
+    ref_logprobs = None
+    if reference is not None:
+        ref_logprobs, _ = token_logprobs(reference, rollout, tokens_per_microbatch=limit)
+        reference.groups.give_to_all(ref_logprobs)
+    reward.groups.give_to_all(scores)
+    policy.groups.give_to_all(logprobs)
+    policy.groups.give_to_all(entropy)
     mask = rollout.response_mask
     values = {
         "reward": scores.mean(),
@@ -79,8 +86,7 @@ def evaluate_policy(
         "perplexity": (-logprobs.sum() / mask.sum()).exp(),
         "entropy": entropy.sum() / mask.sum(),
     }
-    if reference is not None:
-        ref_logprobs, _ = token_logprobs(reference, rollout, tokens_per_microbatch=limit)
+    if ref_logprobs is not None:
         values["kl"] = (logprobs - ref_logprobs).sum() / mask.sum()
     metrics = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
     return PolicyEvaluation(metrics, _samples(rollout, scores, prompts, template))

@@ -10,6 +10,7 @@ from ppomax.engine.models.roles import Role
 from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished
 from ppomax.engine.ppo.scoring import RolloutScorer, full_kl, token_logprobs
 from ppomax.engine.ppo.types import Experience, Rollout
+from ppomax.engine.trace import Trace, span
 from ppomax.kernels.experience import experience as token_experience
 from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder
 
@@ -37,11 +38,13 @@ def make_experience(
     tokens_per_microbatch: int,
     step_rewards: Tensor | None = None,
     scorer: RolloutScorer | None = None,
+    trace: Trace | None = None,
 ) -> tuple[Experience, RewardScaler]:
     """Scores a rollout with all four roles; returns the experience and the reward moments that now include its scores.
 
     step_rewards [B, T] float: extra rewards at any response token (process rewards). scorer: has parts of the rollout
-    already. Collective over all ranks of the roles.
+    already. Every rank of the run must call it: each set of ranks runs its own roles without waiting for the others,
+    then all get all results.
     """
     limit = tokens_per_microbatch
     mask = rollout.response_mask
@@ -49,11 +52,19 @@ def make_experience(
         scorer = make_scorer(models, tokens_per_microbatch, is_early=False)
     scored = scorer.finish(rollout)
     scores, values = scored.scores, scored.values
-    logprobs = policy_logprobs(rollout, models.policy, config, limit)
+    with span(trace, "policy log-probs", is_here=models.policy.is_here):
+        logprobs = policy_logprobs(rollout, models.policy, config, limit)
     ref_logprobs = logprobs if scored.ref_logprobs is None else scored.ref_logprobs
     kl = None
     if config.kl_estimator == "full":
         kl = full_kl(models.policy, models.reference, rollout, tokens_per_microbatch=limit)
+        models.policy.groups.give_to_all(kl)
+    models.reward.groups.give_to_all(scores)
+    models.critic.groups.give_to_all(values)
+    if scored.ref_logprobs is not None:
+        models.reference.groups.give_to_all(ref_logprobs)
+    if config.old_logprobs == "recompute":
+        models.policy.groups.give_to_all(logprobs)
     scaler = scaler.update(scores)
     scaled = penalise_unfinished(scaler.apply(scores, config), rollout.finished, config)
     tokens = token_experience(
@@ -84,14 +95,16 @@ def make_experience(
     return result, scaler
 
 
-def make_scorer(models: Models, tokens_per_microbatch: int, *, is_early: bool) -> RolloutScorer:
+def make_scorer(
+    models: Models, tokens_per_microbatch: int, *, is_early: bool, trace: Trace | None = None
+) -> RolloutScorer:
     """For one rollout. is_early: parts of it will come while the policy samples the rest."""
     reference = None if models.reference is models.policy else models.reference
     sampler = models.policy if is_early else None
     # A frozen policy is idle in the update; a trained one is needed in any case.
     following = models.policy if models.policy.optimizer is not None else None
-    roles = (models.reward, models.critic, reference)
-    return RolloutScorer(*roles, sampler=sampler, following=following, limit=tokens_per_microbatch)
+    roles, limit = (models.reward, models.critic, reference), tokens_per_microbatch
+    return RolloutScorer(*roles, sampler=sampler, following=following, limit=limit, trace=trace)
 
 
 def policy_logprobs(rollout: Rollout, policy: Role, config: PpoConfig, tokens_per_microbatch: int) -> Tensor:

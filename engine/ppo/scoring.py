@@ -1,4 +1,8 @@
-"""Forward passes of the four roles over a rollout: log-probs, values, scores. Results are whole on every rank."""
+"""Forward passes of the four roles over a rollout: log-probs, values, scores.
+
+Results are whole on every rank of the role. On other ranks they are 0 at once, without any waiting: roles on ranks of
+their own work at the same time, and `make_experience` brings their results together.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +15,7 @@ from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
 from ppomax.engine.ppo.types import Rollout, take_rows
+from ppomax.engine.trace import Trace, span
 from ppomax.kernels.linear_full_kl import linear_full_kl
 
 
@@ -18,6 +23,9 @@ def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) 
     """(logprobs, entropy) [B, T] float32, nats, of the response tokens under a model with a vocabulary head; 0
     elsewhere.
     """
+    shape = rollout.response_mask.shape
+    if not role.is_here:
+        return torch.zeros(shape, device=role.device), torch.zeros(shape, device=role.device)
     sequences, rows = _response_sequences(rollout)
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
 
@@ -26,13 +34,15 @@ def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) 
 
     with role.memory.resident("weights"):
         outputs = run_forward(role.modules, role.groups, packs, compute, rollout.response_mask.numel(), width=2)
-    logprobs, entropy = outputs.unbind(-1)
-    shape = rollout.response_mask.shape
-    return logprobs.reshape(shape), entropy.reshape(shape)
+    # Copies side by side in memory, as on ranks that get them from here: sums over both round in the same order.
+    logprobs, entropy = outputs.T.reshape(2, *shape)
+    return logprobs, entropy
 
 
 def token_values(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) -> Tensor:
     """[B, T] float32: the critic's value of the state before each response token; 0 elsewhere."""
+    if not role.is_here:
+        return torch.zeros(rollout.response_mask.shape, device=role.device)
     sequences, rows = _response_sequences(rollout)
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
     num_outputs = rollout.response_mask.numel()
@@ -45,6 +55,8 @@ def token_values(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) ->
 
 def sequence_scores(role: Role, sequences: Sequence[Tensor], *, tokens_per_microbatch: int) -> Tensor:
     """[B] float32: the reward model's scalar at the last token of each sequence."""
+    if not role.is_here:
+        return torch.zeros(len(sequences), device=role.device)
     rows = last_token_rows([sequence.numel() for sequence in sequences])
     packs = role_packs(role, sequences, rows, tokens_per_microbatch)
     with role.memory.resident("weights"):
@@ -60,6 +72,8 @@ def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_micro
     The reference's hidden states of the response tokens wait on the last stage for the policy's, pack by pack: both
     roles must have the same layout (the configuration is checked for it).
     """
+    if not policy.is_here:
+        return torch.zeros(rollout.response_mask.shape, device=policy.device)
     sequences, rows = _response_sequences(rollout)
     packs = role_packs(policy, sequences, rows, tokens_per_microbatch)
     reference_hidden: list[Tensor] = []
@@ -97,7 +111,8 @@ class Scored:
 class RolloutScorer:
     """Reward model, critic and reference over one rollout, which may come in parts while the rest is being sampled.
 
-    reference: None where its log-probs are not wanted. sampler: the role that samples meanwhile.
+    reference: None where its log-probs are not wanted. sampler: the role that samples meanwhile; then all roles are on
+    all ranks.
     On CUDA the parts run on a stream of their own, beside the small steps of the last responses, unless one of the
     roles is spread over ranks: the collectives inside of two forward passes must not run side by side, in an order
     that differs from GPU to GPU. Those parts then run in line. Numbers are those of the whole rollout, up to rounding.
@@ -112,10 +127,11 @@ class RolloutScorer:
         sampler: Role | None = None,
         following: Role | None = None,
         limit: int,
+        trace: Trace | None = None,
     ) -> None:
         """following: computes next; its weights come while the critic computes. limit: tokens of a micro-batch."""
         self._reward, self._critic, self._reference, self._limit = reward, critic, reference, limit
-        self._following = following
+        self._following, self._trace = following, trace
         self._parts: list[tuple[Tensor, Scored]] = []
         layouts = [role.groups.layout for role in (reward, critic, reference, sampler) if role is not None]
         is_whole = all(layout.tp * layout.pp == 1 for layout in layouts)
@@ -170,16 +186,17 @@ class RolloutScorer:
     def _score(self, rollout: Rollout) -> Scored:
         limit = self._limit
         sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
-        with self._reward.memory.resident("weights"):
+        with self._reward.memory.resident("weights"), span(self._trace, "reward scores", is_here=self._reward.is_here):
             second = self._reference or self._critic
             second.memory.prefetch("weights")  # they come while this role computes
             scores = sequence_scores(self._reward, sequences, tokens_per_microbatch=limit)
         ref_logprobs = None
         if self._reference is not None:
-            with self._reference.memory.resident("weights"):
+            is_here = self._reference.is_here
+            with self._reference.memory.resident("weights"), span(self._trace, "reference log-probs", is_here=is_here):
                 self._critic.memory.prefetch("weights")
                 ref_logprobs, _ = token_logprobs(self._reference, rollout, tokens_per_microbatch=limit)
-        with self._critic.memory.resident("weights"):
+        with self._critic.memory.resident("weights"), span(self._trace, "critic values", is_here=self._critic.is_here):
             if self._following is not None:
                 self._following.memory.prefetch("weights")
             values = token_values(self._critic, rollout, tokens_per_microbatch=limit)

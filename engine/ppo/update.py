@@ -20,7 +20,11 @@ from ppomax.engine.ppo.losses import POLICY_METRICS, VALUE_METRICS, PolicyObject
 from ppomax.engine.ppo.scoring import token_logprobs
 from ppomax.engine.ppo.types import Experience, Rollout
 from ppomax.engine.steps import StepCounter, apply_gradients, dialogue_rows, zero_gradients
+from ppomax.engine.trace import Trace, span
 from ppomax.kernels.whiten import masked_moments
+
+POLICY_SUMS = ("policy_objective", *POLICY_METRICS)
+VALUE_SUMS = ("value_objective", *VALUE_METRICS)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class UpdateSettings:
     ppo: PpoConfig
     optim: OptimConfig
     tokens_per_microbatch: int
+    trace: Trace | None = None
 
 
 def update(
@@ -44,8 +49,8 @@ def update(
     """Trains on one rollout; policy None trains the critic alone (critic pre-training).
 
     ptx: batches of dialogues for Eq. 17, one per optimizer step. generator: draws the minibatches.
-    Returns the means of the metrics over the applied steps, and the numbers of applied and of skipped steps. Collective
-    over all ranks of the roles.
+    Returns the means of the metrics over the applied steps, and the numbers of applied and of skipped steps. Every rank
+    of the run must call it. Roles on ranks of their own compute the gradients of a minibatch at the same time.
     """
     trained = [critic] if policy is None else [policy, critic]
     for role in trained:
@@ -94,20 +99,30 @@ def _step(
     settings: UpdateSettings,
     counter: StepCounter,
 ) -> dict[str, float] | None:
-    """One optimizer step on one minibatch; None where ppo.target_kl ends the epochs before it."""
+    """One optimizer step on one minibatch; None where ppo.target_kl ends the epochs before it.
+
+    The ranks of policy and critic meet once, when both have their gradients: the joint norm, ppo.target_kl and the
+    guard against what is not finite need both.
+    """
     config, optim = settings.ppo, settings.optim
     mask = kept_tokens(batch.rollout, config)
     weights = mask.float() / mask.sum().clamp_min(1)
-    stats: dict[str, float] = {}
-    trained = [(critic, optim.critic_lr)]
+    trained: list[tuple[Role, float, tuple[str, ...], Tensor]] = []
     if policy is not None:
-        trained.insert(0, (policy, optim.lr))
-        stats |= _policy_gradients(policy, batch, mask, weights, dialogues, settings)
-        if config.target_kl is not None and stats["approx_kl"] > config.target_kl:
-            return None
+        with span(settings.trace, "policy gradients", is_here=policy.is_here):
+            sums = _policy_gradients(policy, batch, mask, weights, dialogues, settings)
+        trained.append((policy, optim.lr, POLICY_SUMS, sums))
         policy.memory.prefetch("optimizer")  # it comes while the critic computes
-    stats |= _critic_gradients(critic, batch, weights, settings)
-    return apply_gradients(trained, stats, optim, counter)
+    with span(settings.trace, "critic gradients", is_here=critic.is_here):
+        sums = _critic_gradients(critic, batch, weights, settings)
+    trained.append((critic, optim.critic_lr, VALUE_SUMS, sums))
+    stats: dict[str, float] = {}
+    for role, _, names, sums in trained:
+        role.groups.give_to_all(sums)
+        stats |= zip(names, sums.tolist(), strict=True)
+    if config.target_kl is not None and stats.get("approx_kl", 0.0) > config.target_kl:
+        return None
+    return apply_gradients([(role, peak) for role, peak, *_ in trained], stats, optim, counter)
 
 
 def _policy_gradients(
@@ -117,7 +132,10 @@ def _policy_gradients(
     weights: Tensor,
     dialogues: Sequence[DialogueRow],
     settings: UpdateSettings,
-) -> dict[str, float]:
+) -> Tensor:
+    """The sums of POLICY_SUMS [K] float64 on the ranks of the policy, zeros elsewhere."""
+    if not policy.is_here:
+        return torch.zeros(len(POLICY_SUMS), dtype=torch.float64, device=policy.device)
     config = settings.ppo
     sequences, rows = _minibatch_rows(batch.rollout, mask)
     num_columns, device = mask.numel(), mask.device
@@ -140,18 +158,19 @@ def _policy_gradients(
     policy.memory.wait()
     zero_gradients(policy)
     objective = PolicyObjective(policy, targets, config)
-    sums = run_forward_backward(policy.modules, policy.groups, packs, objective, len(POLICY_METRICS)).tolist()
-    return dict(zip(("policy_objective", *POLICY_METRICS), sums, strict=True))
+    return run_forward_backward(policy.modules, policy.groups, packs, objective, len(POLICY_METRICS))
 
 
-def _critic_gradients(critic: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> dict[str, float]:
+def _critic_gradients(critic: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> Tensor:
+    """The sums of VALUE_SUMS [K] float64 on the ranks of the critic, zeros elsewhere."""
+    if not critic.is_here:
+        return torch.zeros(len(VALUE_SUMS), dtype=torch.float64, device=critic.device)
     sequences, rows = _minibatch_rows(batch.rollout, weights > 0)
     packs = role_packs(critic, sequences, rows, settings.tokens_per_microbatch)
     objective = ValueObjective(critic, batch.values.flatten(), batch.returns.flatten(), weights.flatten(), settings.ppo)
     critic.memory.wait()
     zero_gradients(critic)
-    sums = run_forward_backward(critic.modules, critic.groups, packs, objective, len(VALUE_METRICS)).tolist()
-    return dict(zip(VALUE_METRICS, sums[1:], strict=True)) | {"value_objective": sums[0]}
+    return run_forward_backward(critic.modules, critic.groups, packs, objective, len(VALUE_METRICS))
 
 
 def _entropy_sign(policy: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> float:

@@ -56,7 +56,7 @@ def generate(
     begun: Sequence[Begun] | None = None,
     watch: MakeWatch | None = None,
 ) -> Rollout:
-    """`samples` responses to each prompt of the global batch; every rank of the role must call it and gets all of them.
+    """`samples` responses to each prompt of the global batch; every rank of the run must call it and gets all of them.
 
     prompts: sequences of token ids, the same on every rank; the rollout has B = len(prompts) * samples rows, those of
     one prompt side by side.
@@ -66,7 +66,8 @@ def generate(
     of the result. limits of 0 give empty responses.
     on_token: called with (row, token) for each token of this replica's responses as soon as the host has read it.
     begun: what is there already of each of the B responses; limits count it.
-    watch: makes what looks on, and may end requests early, from the batch and the rows of this replica (watch.py).
+    watch: makes what looks on, and may end requests early, from the batch and the rows of this replica (watch.py), on
+    the ranks of the role.
     Raises, before anything runs, DataError if a prompt is empty or leaves no room for a response, ConfigError if one
     has a token that the model does not know, DoesNotFitError if the cache cannot hold the longest request.
     """
@@ -82,6 +83,9 @@ def generate(
             end if is_over else max(end, most) for (end, is_over), most in zip(ends, max_lengths, strict=True)
         ]
     batch = Batch(rows, max_lengths, seeds, role.device, begun)
+    if not role.is_here:
+        _share_results(batch, [], role)
+        return batch.rollout(pad_id)
     share = _share_of_replica(batch, samples, role)
     stop = StopRule(eos_id, tuple(map(tuple, stop_sequences)), sampling.min_new_tokens)
     default = DEFAULT_STEPS_AHEAD if role.device.type == "cuda" else 0
@@ -266,5 +270,7 @@ def _share_results(batch: Batch, share: list[int], role: Role) -> None:
     is_own = is_own.to(role.device)
     for result in (batch.tokens, batch.logprobs, batch.drawn_logprobs, batch.margins, ends):
         result[~is_own] = 0
-        sum_over_replicas(result, role.groups)
+        if role.is_here:
+            sum_over_replicas(result, role.groups)
+        role.groups.give_to_all(result)
     batch.lengths, batch.finished = ends.T.tolist()

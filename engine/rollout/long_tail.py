@@ -67,7 +67,7 @@ def first_to_end(
     """Goes on with all responses until num_wanted of them have ended; sampling.max_new_tokens counts a response over
     all iterations.
 
-    step: this iteration. Every rank of the role must call it, with the same arguments, and gets the same.
+    step: this iteration. Every rank of the run must call it, with the same arguments, and gets the same.
     """
     started = [one if one.begun.tokens else replace(one, first_step=step) for one in started]
     everything = generate(

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ppomax.engine.config import ROLES
 from ppomax.engine.errors import CheckpointError
 
 pytestmark = pytest.mark.dist
@@ -29,6 +30,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_tied": (2, {"tp": 2}),
     "pp2_vpp2_tied": (2, {"pp": 2, "vpp": 2}),
     "pp2_uneven_tied": (2, {"pp": 2, "last_stage_layers": 1}),
+    "critic_first": (
+        2,
+        {role: {"num_ranks": 1} if role in ("critic", "reward") else {"first_rank": 1} for role in ROLES},
+    ),
 }
 LR, NUM_STEPS = 1e-3, 12  # three iterations of two epochs of two minibatches
 LOSSES = ("policy_objective", "value_loss", "entropy", "ptx_loss", "grad_norm", "reward", "reward_running_std")
@@ -110,7 +115,7 @@ def step_2(output: Path) -> Path:
     return output / "checkpoints" / "step_00000002"
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2_tied", "pp2_vpp2_tied"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2_tied", "pp2_vpp2_tied", "critic_first"])
 def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, layout: str) -> None:
     expected = straight(layout)
     found = resume(step_2(expected), layout)
@@ -123,7 +128,7 @@ def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, l
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied"), ("pp2_vpp2_tied", "tp2_tied"), ("pp2_tied", "pp2_vpp2_tied"), ("pp2_tied", "pp2_uneven_tied")],
+    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied"), ("pp2_vpp2_tied", "tp2_tied"), ("pp2_tied", "pp2_vpp2_tied"), ("pp2_tied", "pp2_uneven_tied"), ("critic_first", "tp2_pp2"), ("tp2", "critic_first")],
 )
 def test_another_layout_can_go_on_from_a_checkpoint(straight, resume, saved: str, loaded: str) -> None:
     expected = straight(saved)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -80,6 +81,43 @@ SLOW_CASES = {
     ),
     "pp2_vpp4_tied": Case(2, {"pp": 2, "vpp": 4}, tied=True, num_layers=8),
     "pp4_vpp2_tied": Case(4, {"pp": 4, "vpp": 2}, tokens_per_microbatch=70, tied=True, num_layers=8),
+}
+ON_FIRST, ON_SECOND = {"num_ranks": 1}, {"first_rank": 1}
+SPLIT = Case(2, {"policy": ON_FIRST, "reference": ON_FIRST, "critic": ON_SECOND, "reward": ON_SECOND})
+"""Policy and reference on one rank, critic and reward model on the other."""
+SPLIT_CASES = {
+    "tp2_and_tp2": Case(
+        4,
+        {
+            "tp": 2,
+            "policy": {"num_ranks": 2},
+            "reference": {"num_ranks": 2},
+            "critic": {"first_rank": 2},
+            "reward": {"first_rank": 2},
+        },
+    ),
+    "critic_first": Case(2, {"policy": ON_SECOND, "reference": ON_SECOND, "critic": ON_FIRST, "reward": ON_FIRST}),
+}
+SLOW_SPLIT_CASES = {
+    "dp2_and_pp2": Case(
+        4,
+        {
+            "policy": {"num_ranks": 2},
+            "reference": {"num_ranks": 2, "tp": 2},
+            "critic": {"first_rank": 2, "pp": 2},
+            "reward": {"first_rank": 2},
+        },
+        tied=True,
+    ),
+    "overlapping": Case(
+        4,
+        {
+            "policy": {"num_ranks": 3},
+            "reference": {"first_rank": 3},
+            "critic": {"first_rank": 2, "pp": 2, "vpp": 2},
+            "reward": {"tp": 2},
+        },
+    ),
 }
 MIXED = Case(
     4,
@@ -318,6 +356,68 @@ EARLY = {"overlap_scoring": 2}
 
 def test_roles_may_have_different_layouts(run: Runner) -> None:
     print(assert_same_run(run("ppo", MIXED), run("ppo", one_process(MIXED))))
+
+
+@pytest.mark.parametrize("name", SPLIT_CASES)
+def test_roles_on_ranks_of_their_own_give_the_numbers_of_one_process(run: Runner, name: str) -> None:
+    case = SPLIT_CASES[name]
+    print(name, assert_same_run(run("ppo", case), run("ppo", one_process(case))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_SPLIT_CASES)
+def test_more_placements_give_the_numbers_of_one_process(run: Runner, name: str) -> None:
+    case = SLOW_SPLIT_CASES[name]
+    print(name, assert_same_run(run("ppo", case), run("ppo", one_process(case))))
+
+
+SPLIT_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "full_kl": {"ppo": {"kl_estimator": "full"}, "optim": {"joint_grad_clip": False}},
+    "target_kl": {"ppo": {"target_kl": 2e-3, "epochs": 3, "old_logprobs": "rollout"}},
+    "entropy_target": {"ppo": {"entropy_target": 5.0, "over_sampling_size": 18}},
+}
+
+
+@pytest.mark.parametrize("variant", SPLIT_VARIANTS)
+def test_variants_of_ppo_work_with_roles_on_ranks_of_their_own(run: Runner, tiny: Any, variant: str) -> None:
+    held_out = {"data": {"eval": tiny.path("prompts.jsonl")}, "monitor": {"eval_size": 3}}
+    overrides = SPLIT_VARIANTS[variant] | held_out
+    found, expected = (run("ppo", case, **overrides) for case in (SPLIT, one_process(SPLIT)))
+    print(variant, assert_same_run(found, expected))
+    assert "evaluation" in {record["kind"] for record in found.metrics}
+    if variant == "target_kl":
+        assert min(record.get("optimizer_steps", 6) for record in found.metrics) < 6
+
+
+def test_partial_rollouts_reach_the_ranks_that_do_not_sample(run: Runner) -> None:
+    ppo = {"partial_rollout": True, "over_sampling_size": 18, "rollout_correction": "truncated"}
+    found, expected = (run("ppo", case, ppo=ppo, train={"steps": 3}) for case in (SPLIT, one_process(SPLIT)))
+    assert max(record["carried_tokens"] for record in expected.metrics) > 0
+    assert found.steps == expected.steps  # each role is whole on its rank: the same bits
+
+
+def test_a_critic_on_ranks_of_its_own_is_pretrained_as_in_one_process(run: Runner) -> None:
+    print(assert_same_run(run("critic", SPLIT), run("critic", one_process(SPLIT))))
+
+
+def test_only_the_ranks_of_a_role_hold_it(on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path: Path) -> None:
+    held = on_ranks(2, parameters_held, tiny.config("ppo", tmp_path / "run", parallel=SPLIT.parallel))
+    assert [sorted(name for name, count in ours.items() if count) for ours in held] == [
+        ["policy", "reference"],
+        ["critic", "reward"],
+    ]
+
+
+def parameters_held(config: dict[str, Any]) -> dict[str, int]:
+    """On a worker: the number of parameters of each role."""
+    from ppomax.engine.config import RunConfig
+    from ppomax.engine.session import open_session
+    from ppomax.engine.train_ppo import load_models
+
+    run_config = RunConfig.model_validate(config)
+    with open_session(run_config, "ppo", tokenizer_source=run_config.model.policy) as session:
+        models = vars(load_models(session))
+    return {name: sum(x.numel() for chunk in role.chunks for x in chunk.parameters()) for name, role in models.items()}
 
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

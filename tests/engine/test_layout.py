@@ -29,6 +29,35 @@ def test_coordinates_refuse_a_rank_outside_the_role():
         ParallelLayout(tp=2, pp=2, dp=1).coordinates(4)
 
 
+def test_a_role_takes_the_ranks_that_it_is_given():
+    layout = make_layout("critic", RoleLayout(tp=2, first_rank=4, num_ranks=4), 12)
+    assert layout == ParallelLayout(tp=2, pp=1, dp=2, first_rank=4)
+    assert list(layout.ranks) == [4, 5, 6, 7]
+    assert [layout.coordinates(rank) for rank in layout.ranks] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    assert list(make_layout("critic", RoleLayout(first_rank=3), 5).ranks) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"first_rank": 4}, "ranks from 4 on, but this run has 4 ranks, 0 to 3; lower first_rank"),
+        ({"first_rank": 2, "num_ranks": 3}, "ranks 2 to 4, but this run has 4 ranks"),
+        ({"num_ranks": 3, "tp": 2}, "does not divide the 3 ranks of the role; .* one of 1, 3, or set num_ranks"),
+        ({"first_rank": 1, "pp": 2}, "does not divide the 3 ranks of the role; .* or start a multiple of 2 ranks"),
+    ],
+)
+def test_ranks_that_a_role_cannot_have_are_refused(layout: dict[str, int], message: str):
+    with pytest.raises(ConfigError, match=message):
+        make_layout("critic", RoleLayout.model_validate(layout), 4)
+
+
+def test_check_layout_refuses_ranks_that_no_role_of_the_command_uses():
+    config = RunConfig(parallel=ParallelConfig(policy=RoleLayout(num_ranks=2), critic=RoleLayout(first_rank=2)))
+    check_layout(config, 4, ("policy", "critic"))
+    with pytest.raises(ConfigError, match="ranks 2, 3 of 4 would have nothing to do: this command runs policy"):
+        check_layout(config, 4, ("policy",))
+
+
 def test_error_spells_the_product_out_and_says_what_would_fit():
     with pytest.raises(ConfigError) as caught:
         make_layout("policy", RoleLayout(tp=3, pp=2), 4)

@@ -101,7 +101,8 @@ def roles() -> list[Role]:
 
 def step(roles: list[Role], *, max_norm: float, joint: bool) -> list[float] | None:
     optimizers = [role.optimizer for role in roles if role.optimizer is not None]
-    return clip_and_step(optimizers, [role.memory for role in roles], max_norm=max_norm, joint=joint)
+    groups, memories = [role.groups for role in roles], [role.memory for role in roles]
+    return clip_and_step(optimizers, groups, memories, max_norm=max_norm, joint=joint)
 
 
 def used_norm(role: Role) -> float:

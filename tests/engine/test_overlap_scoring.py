@@ -135,3 +135,13 @@ def test_only_ppo_with_the_embedded_generator_scores_early():
     assert "serve ppo alone" in faults("critic")[0]
     assert "embedded generator" in faults("ppo", backend="vllm")[0]
     assert faults("ppo") == faults("sft") == []
+
+
+def test_roles_on_ranks_of_their_own_are_refused():
+    def faults(**layouts: dict[str, int]) -> list[str]:
+        config = RunConfig.model_validate({"ppo": {"overlap_scoring": 4}, "parallel": layouts})
+        return [fault for fault in impossible_combinations(config, "ppo") if "overlap_scoring" in fault]
+
+    (fault,) = faults(critic={"first_rank": 1}, reward={"num_ranks": 1})
+    assert "parallel.critic, parallel.reward has ranks of its own" in fault
+    assert faults(critic={"tp": 2}) == []

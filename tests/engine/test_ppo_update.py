@@ -79,8 +79,8 @@ def gradient(role):
 def policy_gradient(models, experience, config, dialogues=()):
     mask = kept_tokens(experience.rollout, config)
     weights = mask.float() / mask.sum().clamp_min(1)
-    stats = ppo_update._policy_gradients(models.policy, experience, mask, weights, dialogues, settings_for(config))
-    return stats, gradient(models.policy)
+    sums = ppo_update._policy_gradients(models.policy, experience, mask, weights, dialogues, settings_for(config))
+    return dict(zip(ppo_update.POLICY_SUMS, sums.tolist(), strict=True)), gradient(models.policy)
 
 
 def whole_logprobs(role, rollout):
@@ -222,7 +222,8 @@ def test_losses_and_gradients_do_not_depend_on_the_microbatch(models, rollout, t
     expected, expected_gradient = policy_gradient(models, experience, BASE)
     weights = rollout.response_mask.float() / rollout.response_mask.sum()
     settings = UpdateSettings(BASE, RunConfig().optim, tokens_per_microbatch)
-    stats = ppo_update._policy_gradients(models.policy, experience, rollout.response_mask, weights, (), settings)
+    sums = ppo_update._policy_gradients(models.policy, experience, rollout.response_mask, weights, (), settings)
+    stats = dict(zip(ppo_update.POLICY_SUMS, sums.tolist(), strict=True))
     assert stats == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert torch.allclose(gradient(models.policy), expected_gradient, atol=1e-6)
 

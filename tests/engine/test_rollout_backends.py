@@ -357,3 +357,12 @@ def test_a_request_that_the_cache_cannot_hold_fails_alone(embedded):
     assert "20 tokens needs 3 pages of 8 tokens" in completions[1].message
     whole = embedded.generate([replace(request, sampling=GREEDY) for request in requests])
     assert [completions[i].tokens for i in (0, 2)] == [whole[i].tokens for i in (0, 2)]
+
+
+def test_vllm_is_refused_where_the_policy_is_not_on_all_ranks() -> None:
+    def faults(role: str) -> list[str]:
+        config = RunConfig.model_validate({"sampling": {"backend": "vllm"}, "parallel": {role: {"num_ranks": 1}}})
+        return [fault for fault in impossible_combinations(config, "ppo") if "must be all ranks" in fault]
+
+    assert len(faults("policy")) == 1
+    assert faults("critic") == []
