@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from ppomax.engine.config_checks import check_paths
+from ppomax.engine.config_checks import check_paths, roles_in_use
 from ppomax.engine.config_file import load_config, to_toml
 from ppomax.engine.config_help import describe
 from ppomax.engine.errors import (
@@ -65,9 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ppomax: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except Exception:
-        sys.stderr.write(_prefixed(traceback.format_exc()))
-        return 1
+    except Exception as error:
+        peer = _peer_failure(error)
+        if peer is None:
+            sys.stderr.write(_prefixed(traceback.format_exc()))
+            return 1
+        _report(peer)
+        return peer.exit_code
     return 0
 
 
@@ -140,7 +144,7 @@ def _stage(command: str, argv: list[str]) -> None:
         if arguments.world_size < 1:
             raise ConfigError(f"--world-size {arguments.world_size}: expected a number of ranks, 1 or more")
         world_size = arguments.world_size
-    check_layout(config, world_size)
+    check_layout(config, world_size, roles_in_use(config, command))
     check_paths(config, command)
     from ppomax.engine.dry_run import check_inputs, check_memory, check_models
 
@@ -220,18 +224,33 @@ def _versions() -> str:
     return "\n".join([*(f"{package} {metadata.version(package)}" for package in packages), f"python {python}"])
 
 
+def _peer_failure(error: Exception) -> PeerFailedError | None:
+    """What an unexpected error says about another rank, where the ranks are joined."""
+    if not _is_joined():
+        return None
+    from ppomax.engine.parallel.collectives import peer_failure
+
+    return peer_failure(error)
+
+
+def _is_joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def _report(error: PpomaxError) -> None:
     """One message on standard error.
 
     Before the ranks are joined, all of a node meet the same fault of configuration, data or plan: its first rank
     speaks. The others wait, because torchrun stops every rank as soon as one has failed, and would stop the speaker
-    too.
+    too. A rank that lost another waits for the same reason: torchrun is to see first, and name, the one that failed.
     """
-    distributed = sys.modules.get("torch.distributed")
-    joined = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if _local_rank() == 0 or joined or not isinstance(error, ConfigError | DataError | DoesNotFitError):
+    is_common = isinstance(error, ConfigError | DataError | DoesNotFitError)
+    is_speaker = _local_rank() == 0 or _is_joined() or not is_common
+    if is_speaker:
         sys.stderr.write(_prefixed(f"ppomax: {type(error).__name__}: {error}\n"))
-    else:
+        sys.stderr.flush()
+    if not is_speaker or isinstance(error, PeerFailedError):
         time.sleep(SECONDS_FOR_THE_FIRST_RANK)
 
 

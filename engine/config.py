@@ -97,6 +97,10 @@ class RoleLayout(Section):
     vpp: Positive = 1
     """Model chunks per pipeline rank, run in Megatron's interleaved schedule: smaller bubbles, more communication.
     1: plain 1F1B. More needs pp > 1 and a number of layers that pp * vpp divides."""
+    first_rank: Count = 0
+    """The role lives on consecutive ranks of the run, from this one on."""
+    num_ranks: Positive | None = None
+    """How many they are; unset: all that follow. Roles on ranks of their own work at the same time."""
     first_stage_layers: Positive | None = None
     """Layers of the first pipeline stage, which holds the embedding too; the stages without a number of their own share
     the rest evenly. Unset: as many as they. With vpp a multiple of it."""
@@ -113,10 +117,6 @@ class RoleLayout(Section):
         if isinstance(data, dict) and "cp" in data:
             raise ValueError(f"parallel.ROLE.cp = {data['cp']}: {NO_CONTEXT_PARALLELISM}")
         return data
-    first_rank: Count = 0
-    """The role lives on consecutive ranks of the run, from this one on."""
-    num_ranks: Positive | None = None
-    """How many they are; unset: all that follow. Roles on ranks of their own work at the same time."""
 
     @property
     def is_everywhere(self) -> bool:

@@ -1,12 +1,16 @@
 """Failing together: an error on one rank becomes an error on every rank, so that nobody is left waiting."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from ppomax.engine.errors import PeerFailedError, PpomaxError
+
+SIGNS_OF_A_LOST_PEER = ("by peer", "Broken pipe", "Timed out waiting", "timeout caused pair closure")
+"""Parts of the messages with which gloo says that another process is gone or does not answer."""
 
 
 @contextlib.contextmanager
@@ -22,10 +26,29 @@ def raise_on_all(kind: type[PpomaxError], what: str) -> Iterator[None]:
         failure = error
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     failed = torch.tensor([float(failure is not None)], device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    try:
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    except RuntimeError:
+        if failure is None:
+            raise
+        # The others are not here: they wait elsewhere, or are gone. What failed here first is what counts.
     if isinstance(failure, OSError):
         raise kind(f"{what}: {failure}") from failure
     if failure is not None:
         raise failure
     if failed.item():
         raise PeerFailedError(f"{what}: it failed on another rank; see that rank's message")
+
+
+def peer_failure(error: Exception) -> PeerFailedError | None:
+    """What a collective's error says about another rank; None for an error of this one."""
+    text = str(error)
+    is_gloos = isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS_OF_A_LOST_PEER)
+    if not is_gloos and not isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return None
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    place = f" in {ours[-1].name} ({ours[-1].filename}:{ours[-1].lineno})" if ours else ""
+    return PeerFailedError(
+        f"lost another rank{place}: it ended, or did not answer for parallel.timeout_seconds; see that rank's message, "
+        f"or torchrun's summary ({text.splitlines()[0]})"
+    )

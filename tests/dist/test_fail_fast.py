@@ -1,0 +1,95 @@
+"""A rank that dies or raises ends the whole run: no rank waits for it beyond the timeout, and the first failure is
+named. Real processes under torchrun, which a long-lived pool of workers could not survive.
+"""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppomax.engine.config_help import toml_value
+
+pytestmark = pytest.mark.dist
+TIMEOUT = 30
+"""parallel.timeout_seconds of these runs."""
+SLACK = 15.0
+"""Seconds beyond it: torchrun's own polling, and processes that end on a busy machine."""
+FAILING = Path(__file__).with_name("failing_stage.py")
+PHASES = ("load", "rollout", "scoring", "experience", "policy_update", "critic_update", "checkpoint", "export")
+QUICK = [("rollout", "raise", 1), ("policy_update", "kill", 1)]
+CASES = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(PHASES, ("raise", "kill"), (0, 1))
+]
+SPLIT = {
+    role: {"num_ranks": 1} if role in ("policy", "reference") else {"first_rank": 1}
+    for role in ("policy", "critic", "reference", "reward")
+}
+
+
+def run_until_failure(
+    tiny: Any, tmp_path: Path, phase: str, kind: str, rank: int, parallel: dict[str, Any]
+) -> tuple[float, str]:
+    """Seconds from the failure of a rank to the end of the run, and what the run printed."""
+    config = tiny.config(
+        "ppo", tmp_path / "run", parallel={**parallel, "timeout_seconds": TIMEOUT}, checkpoint={"every": 1}
+    )
+    arguments = [f"{name}.{key}={toml_value(x)}" for name, section in config.items() for key, x in section.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FAILING)]
+    command += [phase, kind, str(rank), str(tmp_path / "failed_at"), "ppo", "ppo.preset=none", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed, _ = process.communicate()
+        pytest.fail(f"the run goes on for ever; printed: {printed[-3000:]}")
+    ended = time.time()
+    assert process.returncode != 0, printed
+    assert (tmp_path / "failed_at").exists(), f"it failed before the phase; printed: {printed}"
+    return ended - float((tmp_path / "failed_at").read_text()), printed
+
+
+def check(printed: str, seconds: float, kind: str, rank: int) -> None:
+    print(f"{seconds:.1f} s")
+    assert seconds < TIMEOUT + SLACK, printed
+    root = printed[printed.index("Root Cause") :]
+    assert re.search(rf"rank\s+: {rank} ", root), printed
+    if kind == "raise":
+        assert f"[rank {rank}] " in printed
+        assert "the test's own failure" in printed
+        assert re.search(r"exitcode\s+: 1 ", root), printed
+    else:
+        assert "SIGKILL" in root, printed
+    other = 1 - rank
+    said = [line for line in printed.splitlines() if line.startswith(f"[rank {other}] ")]
+    assert not any("Traceback" in line for line in said), "the rank that did not fail has a traceback"
+
+
+@pytest.mark.parametrize(("phase", "kind", "rank"), CASES)
+def test_no_rank_outlives_one_that_fails(tiny: Any, tmp_path: Path, phase: str, kind: str, rank: int) -> None:
+    seconds, printed = run_until_failure(tiny, tmp_path, phase, kind, rank, {"tp": 2})
+    check(printed, seconds, kind, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raise", "kill"])
+@pytest.mark.parametrize(("phase", "rank"), [("rollout", 0), ("policy_update", 0), ("critic_update", 1)])
+def test_no_rank_outlives_one_with_other_roles(tiny: Any, tmp_path: Path, phase: str, rank: int, kind: str) -> None:
+    seconds, printed = run_until_failure(tiny, tmp_path, phase, kind, rank, SPLIT)
+    check(printed, seconds, kind, rank)
