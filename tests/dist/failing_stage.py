@@ -1,4 +1,4 @@
-"""Run by torchrun: `ppomax ARGUMENTS`, in which one rank dies, raises or hangs in a phase of the first PPO iteration.
+"""Run by torchrun: `ppomax ARGUMENTS`, in which one rank dies or raises in a phase of the first PPO iteration.
 
 failing_stage.py PHASE KIND RANK FILE ARGUMENTS...; the time of the failure goes into FILE.
 """
@@ -44,8 +44,6 @@ def failure(kind: str, file: Path) -> Callable[..., Any]:
         file.write_text(str(time.time()))
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "hang":
-            time.sleep(600)
         raise OSError("the test's own failure")
 
     return fail
