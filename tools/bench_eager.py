@@ -30,6 +30,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def rope_store(
+    mixed: Tensor, cos: Tensor, sin: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor
+) -> Tensor:
+    query, key, value = mixed.split([mixed.shape[2] - 2, 1, 1], dim=2)
+    key_pages.flatten(0, 1)[slots] = rope(key.squeeze(2), cos, sin).to(key_pages.dtype)
+    value_pages.flatten(0, 1)[slots] = value.squeeze(2)
+    return rope(query.flatten(1, 2), cos, sin)
+
+
 def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     all_logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
     entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)

@@ -68,6 +68,7 @@ def _cuda_items() -> list[Item]:
         *_sampling(64, 151936),
         *(_paged_attention(R, 1024, 1) for R in (64, 256)),
         _paged_attention(16, 2048, 512),
+        *(_rope_store(N) for N in (256, 8192)),
         _adamw(10**9 // 4),
     ]
 
@@ -80,6 +81,7 @@ def _cpu_items() -> list[Item]:
         *_linear(128, 256, 8000, FP32),
         *_sampling(8, 8000),
         *(_paged_attention(16, 256, queries, heads=8, D=64, page_size=16, dtype=FP32) for queries in (1, 64)),
+        _rope_store(256, heads=8, groups=2, D=64, dtype=FP32),
         _adamw(2**20),
     ]
 
@@ -146,6 +148,11 @@ def _paged_attention(R: int, context: int, queries: int, **sizes: Any) -> Item:
     heads, D = (sizes.get(name, size) for name, size in (("heads", 32), ("D", 128)))
     flops = 4.0 * R * queries * (context - (queries - 1) / 2) * heads * D
     return Item(case, cases.paged_attention_case(4, 70, queries, **sizes), FORWARD, (flops,), launch_bound=queries == 1)
+
+
+def _rope_store(N: int, **sizes: Any) -> Item:
+    small = cases.rope_store_case(70, in_place=True, **sizes)
+    return Item(cases.rope_store_case(N, in_place=True, **sizes), small, launch_bound=N < 1024)
 
 
 def _adamw(num_params: int) -> Item:

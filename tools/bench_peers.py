@@ -62,6 +62,7 @@ def eager_contenders(name: str, *, compiled: bool) -> list[Contender]:
         ],
         "whiten": [Contender("eager", bench_eager.whiten)],
         "sampling": [Contender("eager", bench_eager.sample)],
+        "rope_store": [Contender("eager", bench_eager.rope_store)],
         "paged_attention": [Contender("eager, padded", bench_eager.paged_attention)],
         "adamw": [Contender("eager", bench_eager.adamw)],
     }

@@ -311,10 +311,17 @@ def store_pages_case(N: int, groups: int = 8, D: int = 128, page_size: int = 64,
 
 
 def rope_store_case(
-    N: int, heads: int = 32, groups: int = 8, D: int = 128, page_size: int = 64, dtype: torch.dtype = BF16
+    N: int,
+    heads: int = 32,
+    groups: int = 8,
+    D: int = 128,
+    page_size: int = 64,
+    dtype: torch.dtype = BF16,
+    *,
+    in_place: bool = False,
 ) -> Case:
-    """Gives the queries, keys and values that it wrote."""
-    num_pages = -(-2 * N // page_size)
+    """Gives the queries, and copies of the pages with what was written; in_place: the queries alone."""
+    num_pages = -(-N // page_size)
 
     def inputs(make: Maker) -> Sequence[Any]:
         mixed = make.normal(N, groups, heads // groups + 2, D, dtype=dtype)
@@ -322,11 +329,12 @@ def rope_store_case(
         slots = (torch.arange(N, device=make.device) * 7919 % (num_pages * page_size)).int()
         return mixed, *angles, *(make.zeros(num_pages, page_size, groups, D).to(dtype) for _ in range(2)), slots
 
-    def called(mixed: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Any:
+    def copying(mixed: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Any:
         keys, values = keys.clone(), values.clone()
         return rope_store(mixed, cos, sin, keys, values, slots), keys, values
 
-    return Case("rope_store", f"{N} x {heads} / {groups} x {D} {name_of(dtype)}", called, inputs)
+    function = rope_store if in_place else copying
+    return Case("rope_store", f"{N} x {heads} / {groups} x {D} {name_of(dtype)}", function, inputs)
 
 
 def adamw_case(num_params: int, dtype: torch.dtype = FP32, *, with_all: bool = False) -> Case:

@@ -34,7 +34,7 @@ SHORT = (300, 40, 700)
 
 # Prints loss, gradient norm and how far the process's peak memory rises over the gradients of one batch, in bytes.
 SCRIPT = """
-import json, resource, sys
+import json, re, sys
 import torch
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import DialogueRow
@@ -48,6 +48,10 @@ def row(length):
     tokens = torch.arange(length).mul(7919).remainder(277).tolist()
     return DialogueRow(tuple(tokens), (True,) * length, (), 0, 0)
 
+def peak():
+    # Not ru_maxrss, which begins with that of the process that started this one.
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
 shape, std, lengths, recompute = json.loads(sys.argv[1])
 del shape["rope_scaling"]
 shape = ModelShape(**shape)
@@ -57,9 +61,9 @@ config = RunConfig.model_validate({"model": {"recompute": recompute}})
 groups = role_groups(config)["policy"]
 role = make_role("policy", shape, RandomReader(shape, seed=1, std=std), config, groups, source="random", trained=True)
 language_model_gradients(role, [row(64)], 1024)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 loss = language_model_gradients(role, [row(length) for length in lengths], 1024)
-growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+growth = peak() - before
 stats = apply_gradients([(role, 1e-3)], {"loss": loss}, config.optim, StepCounter(0, 10, 0))
 print(json.dumps([loss, stats["grad_norm"], growth]))
 """

@@ -134,7 +134,7 @@ def test_set_changes_sampling_and_names_what_is_wrong(model):
 @given(
     st.builds(
         SamplingConfig,
-        temperature=st.floats(0, 5, allow_nan=False),
+        temperature=st.just(0.0) | st.floats(1e-4, 5, allow_nan=False),
         top_p=st.floats(0.01, 1),
         top_k=st.integers(0, 100),
         max_new_tokens=st.integers(1, 100),
