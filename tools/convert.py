@@ -1,6 +1,8 @@
 """`ppomax convert`: models and checkpoints between Hugging Face and Megatron; needs no GPU and no torchrun."""
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -21,8 +23,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs `ppomax convert ARGV...`."""
-    arguments = _parser().parse_args(argv)
+    """Runs `ppomax convert ARGV...`. SIGTERM ends it as Ctrl-C does: what is half written is removed."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        _run(_parser().parse_args(argv))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     dtype = DTYPES.get(getattr(arguments, "dtype", None) or "")
     match arguments.command:
         case "inspect":

@@ -31,6 +31,9 @@ STORAGES = {
 }
 
 
+REFUSED_OPCODES = {pickle.BYTEARRAY8[0], pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0]}
+
+
 class Record:
     """An object of a pickle: the arguments that its class would be called with, or its state."""
 
@@ -99,12 +102,32 @@ def _kind(name: str) -> type[Record]:
     return type(name, (Record,), {})
 
 
+def _check_keys(keys: list[Any]) -> None:
+    """Refuses keys that take as long to hash as somebody likes, such as tuples of tuples."""
+    for key in keys:
+        if not isinstance(key, str | Record):
+            raise CheckpointError(f"refused: a key of type {type(key).__name__}, expected text or an index")
+
+
+def _set_item(unpickler: Any) -> None:
+    _check_keys(unpickler.stack[-2:-1])
+    PYTHON_UNPICKLER.load_setitem(unpickler)
+
+
+def _set_items(unpickler: Any) -> None:
+    _check_keys(unpickler.stack[::2])
+    PYTHON_UNPICKLER.load_setitems(unpickler)
+
+
+PYTHON_UNPICKLER: Any = pickle._Unpickler
+
+
 # The version in Python: that in C makes room for as many objects as a damaged pickle says it has.
 class _RecordUnpickler(pickle._Unpickler):
-    # Both versions make room at once for a bytearray of any size that a pickle announces.
-    dispatch = {  # noqa: RUF012
-        opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode != pickle.BYTEARRAY8[0]
-    }
+    # Both versions make room at once for a bytearray of any size that a pickle announces, and hash what goes into sets.
+    dispatch = {
+        opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if opcode not in REFUSED_OPCODES
+    } | {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
 
     def __init__(
         self,

@@ -143,6 +143,18 @@ def hostile_pickles(marker: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["one", "several", "set"])
+def test_keys_that_take_for_ever_to_hash_are_refused(kind: str, copied: Path, tmp_path: Path) -> None:
+    """A tuple of itself twice, 40 deep, is small in a pickle and hashed 2^40 times."""
+    bomb = b")q\x00" + b"h\x00h\x00\x86q\x00" * 40
+    body = {"one": b"}" + bomb + b"Ns", "several": b"}(" + bomb + b"Nu", "set": b"\x8f(" + bomb + b"\x90"}[kind]
+    (copied / "megatron/.metadata").write_bytes(b"\x80\x04" + body + b".")
+    with pytest.raises(CheckpointError, match=r"a key of type tuple|not a readable"):
+        megatron_to_hf(str(copied / "megatron"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", hostile_pickles(Path("x")))
 def test_a_hostile_metadata_file_is_refused_and_runs_nothing(kind: str, copied: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"

@@ -1,7 +1,9 @@
 """`ppomax convert` as a person meets it: output, exit codes, and what is left after a failure."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +19,7 @@ from ppomax.engine.models import checkpoint_writer, hf_writer
 from ppomax.engine.models.hf_config import config_json
 from ppomax.engine.models.hf_names import weight_sizes
 from ppomax.engine.models.shape import ModelShape, RopeScaling
+from ppomax.tools import convert as tool
 
 SHAPE = ModelShape(
     vocab_size=250,
@@ -268,3 +271,18 @@ def test_importing_the_converter_needs_no_megatron() -> None:
     code = "import sys, ppomax.tools.convert; print([x for x in ('megatron', 'transformers') if x in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
+    """As Slurm and Kubernetes end a job; the handler of before is there again afterwards."""
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def ended(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal ends it before")
+
+    monkeypatch.setattr(tool, "reshard", ended)
+    with pytest.raises(SystemExit) as ending:
+        tool.main(["reshard", "any", str(tmp_path / "out"), "--tp", "1"])
+    assert ending.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is previous
