@@ -277,7 +277,7 @@ def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
     """As Slurm and Kubernetes end a job; the handler of before is there again afterwards."""
     previous = signal.getsignal(signal.SIGTERM)
 
-    def ended(*arguments):
+    def ended(*arguments, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal ends it before")
 
