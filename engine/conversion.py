@@ -162,8 +162,14 @@ def _own_tokenizer(folder: Path) -> Tokenizer | None:
 def _load_tokenizer(path: Path) -> Tokenizer:
     try:
         return load_tokenizer(path)
-    except ConfigError as error:
-        raise CheckpointError(f"the tokenizer cannot be used: {error}") from error
+    except (
+        ConfigError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # also of odd files
+        raise CheckpointError(f"the tokenizer {path} cannot be used: {error}") from error
 
 
 def _check_vocabulary(tokenizer: Tokenizer | None, shape: ModelShape) -> None:

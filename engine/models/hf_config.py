@@ -39,6 +39,9 @@ SCALAR_CLASSES = ("ForSequenceClassification", "RewardModel")
 
 ROPE_THETA = 10000.0  # of all four families
 
+MOST_HEADS = 65536
+"""More are no model: what is counted head by head would not end."""
+
 
 def read_shape(folder: str) -> ModelShape:
     """The shape of the model in a Hugging Face folder; raises CheckpointError where the engine cannot run it."""
@@ -50,6 +53,8 @@ def read_shape(folder: str) -> ModelShape:
     _refuse_unsupported(config, family)
     hidden_size, num_heads = config.size("hidden_size"), config.size("num_attention_heads")
     num_groups = config.size("num_key_value_heads", family.num_key_value_heads or num_heads, null=num_heads)
+    if num_heads > MOST_HEADS:
+        config.refuse(f"num_attention_heads is {num_heads}", f"expected at most {MOST_HEADS}")
     if num_heads % num_groups:
         config.refuse(
             f"num_attention_heads is {num_heads}", f"expected a multiple of num_key_value_heads, {num_groups}"

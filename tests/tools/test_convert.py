@@ -273,6 +273,21 @@ def test_importing_the_converter_needs_no_megatron() -> None:
     assert printed.strip() == "[]"
 
 
+@pytest.mark.parametrize("fault", ["heads", "template"])
+def test_absurd_heads_and_odd_tokenizers_are_refused(tiny, tmp_path, fault):
+    source = tmp_path / "source"
+    shutil.copytree(tiny.model("policy"), source)
+    if fault == "heads":
+        content = json.loads((source / "config.json").read_text())
+        content |= {"num_attention_heads": 10**9, "num_key_value_heads": 10**9, "head_dim": 2}
+        (source / "config.json").write_text(json.dumps(content))
+    else:
+        (source / "chat_template.jinja").write_bytes(b"\xff\xfe")
+        (source / "tokenizer_config.json").write_text('{"eos_token": ["x"], "added_tokens_decoder": [1]}')
+    assert convert("hf-to-megatron", source, tmp_path / "out") == CheckpointError.exit_code
+    assert not (tmp_path / "out").exists()
+
+
 def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
     """As Slurm and Kubernetes end a job; the handler of before is there again afterwards."""
     previous = signal.getsignal(signal.SIGTERM)
