@@ -489,6 +489,13 @@ class MonitorConfig(Section):
     trace: bool = False
     """`ppo` writes traces/rank_N.json: when each rank sampled, scored and trained which role, for chrome://tracing or
     ui.perfetto.dev. A GPU is waited for at the end of each span."""
+    rollouts_every: Count = 0
+    """`ppo` writes responses of every this many iterations, with the numbers of each token, to rollouts/step_N.jsonl;
+    0: none. `ppomax report` shows them."""
+    rollouts_size: Positive = 16
+    """Responses written: the first ones of the rollout."""
+    rollouts_format: Literal["jsonl", "parquet"] = "jsonl"
+    """Parquet needs pyarrow."""
 
 
 class TrainConfig(Section):

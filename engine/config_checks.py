@@ -72,6 +72,10 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         ),
         'sampling.backend is "vllm", but vllm is not installed; install ppomax[vllm] in an environment of its own, or '
         'set sampling.backend = "embedded"': samples and sampling.backend == "vllm" and find_spec("vllm") is None,
+        'monitor.rollouts_format is "parquet", but pyarrow is not installed; install it, or set '
+        'monitor.rollouts_format = "jsonl"': (
+            command == "ppo" and config.monitor.rollouts_format == "parquet" and find_spec("pyarrow") is None
+        ),
         'sampling.backend is "vllm", which serves critic, ppo and evaluate; set sampling.backend = "embedded"': (
             command == "generate" and sampling.backend == "vllm"
         ),

@@ -22,6 +22,7 @@ from ppomax.engine.ppo.update import UpdateSettings, update
 from ppomax.engine.rollout.generate import request_seeds
 from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.watch import Ended
+from ppomax.engine.rollout_dump import write_rollouts
 from ppomax.engine.session import Session, export, is_due, open_session, sample, sample_held_out, save_if_due
 from ppomax.engine.steps import StepCounter
 from ppomax.engine.trace import span
@@ -116,6 +117,8 @@ def run(config: RunConfig) -> None:
                 kl=state.kl.update(metrics["kl"], ppo.rollout_size, ppo),
             )
             session.log.step(state.step, train.steps, metrics)
+            if session.log.is_writer and is_due(config.monitor.rollouts_every, state.step):
+                write_rollouts(session.log.folder, state.step, experience, session.tokenizer, config.monitor)
             is_last = state.step == train.steps
             if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
                 _evaluate(session, models, held_out, state.step)

@@ -10,7 +10,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from ppomax.engine.config import RunConfig, SamplingConfig
@@ -18,7 +18,7 @@ from ppomax.engine.config_file import load_config
 from ppomax.engine.config_help import toml_value
 from ppomax.engine.data.chat import Turn
 from ppomax.engine.data.datasets import fit_prompt
-from ppomax.engine.data.tokenizer import Tokenizer
+from ppomax.engine.data.text_stream import TextStream
 from ppomax.engine.errors import ConfigError, PpomaxError
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.tools.inference import Model, inference_config, load_template, open_model, printable
@@ -180,30 +180,3 @@ def with_sampling(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     rest = [f"data.max_length={config.data.max_length}", f"model.policy={config.model.policy}"]
     sampling: SamplingConfig = load_config(None, [*old, *new, *rest], command="generate").sampling
     return config.model_copy(update={"sampling": sampling})
-
-
-class TextStream:
-    """Text of tokens that come one by one. What `push` and `end` return is together the text of all tokens.
-
-    Tokens are decoded behind some that were decoded before, because the text of a token depends on what precedes it
-    (the space at the start of a text), and kept while they end within a character.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode: Callable[[Sequence[int]], str] = tokenizer.decode
-        self._shown: list[int] = []
-        self._kept: list[int] = []
-
-    def push(self, token: int) -> str:
-        self._kept.append(token)
-        return "" if self._text().endswith("\ufffd") else self.end()
-
-    def end(self) -> str:
-        """The text of the tokens that were kept."""
-        text = self._text()[len(self._decode(self._shown)) :]
-        # Tokens without text, as special ones, cannot stand for what came before them.
-        self._shown, self._kept = self._kept if text else self._shown + self._kept, []
-        return text
-
-    def _text(self) -> str:
-        return self._decode([*self._shown, *self._kept])
