@@ -26,6 +26,7 @@ from ppomax.engine.errors import (
     DoesNotFitError,
     PeerFailedError,
     PpomaxError,
+    ServiceError,
 )
 from ppomax.engine.parallel.layout import check_layout
 from ppomax.engine.stage import stage_function
@@ -48,7 +49,7 @@ TOOLS = {
     "help": "this text, or `help SECTION`, `help SECTION.FIELD`, `help exit-codes`",
     "version": "versions of ppomax and what it runs on",
 }
-ERRORS = (ConfigError, DoesNotFitError, DataError, CheckpointError, DivergedError, PeerFailedError)
+ERRORS = (ConfigError, DoesNotFitError, DataError, CheckpointError, DivergedError, PeerFailedError, ServiceError)
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 SECONDS_FOR_THE_FIRST_RANK = 5.0

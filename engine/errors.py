@@ -45,3 +45,9 @@ class PeerFailedError(PpomaxError):
     """Another rank failed first; this rank stops because it cannot go on alone."""
 
     exit_code = 7
+
+
+class ServiceError(PpomaxError):
+    """A service behind HTTP refuses, or does not answer in time: names its address and fault."""
+
+    exit_code = 8

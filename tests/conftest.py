@@ -3,7 +3,11 @@
 import json
 import os
 import random
-from dataclasses import replace
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +159,58 @@ def _tokenizer() -> Tokenizer:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     torch.set_num_threads(1)
     return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@dataclass
+class JsonService:
+    """A local HTTP service. `answer` gets the number of the request (from 0) and its JSON, and returns what is sent:
+    JSON for status 200, or (status, headers, bytes), or a list of bytes to be sent one each 0.1 s; or it raises
+    ConnectionAbortedError to hang up.
+    """
+
+    answer: Callable[[int, Any], Any] = lambda number, body: {}
+    url: str = ""
+    bodies: list[Any] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@pytest.fixture
+def json_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[JsonService]:
+    service = JsonService()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with service.lock:
+                number = len(service.bodies)
+                service.bodies.append({"path": self.path, **body})
+                service.headers.append(dict(self.headers))
+            try:
+                answer = service.answer(number, body)
+                is_raw = isinstance(answer, tuple)
+                status, headers, content = answer if is_raw else (200, {}, json.dumps(answer).encode())
+                self.send_response(status)
+                pieces = content if isinstance(content, list) else [content]
+                for name, value in ({"Content-Length": str(sum(map(len, pieces)))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for piece in pieces:
+                    self.wfile.write(piece)
+                    time.sleep(0.1 if len(pieces) > 1 else 0)
+            except (ConnectionAbortedError, ConnectionResetError, BrokenPipeError):
+                self.close_connection = True
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        service.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield service
+        server.shutdown()
