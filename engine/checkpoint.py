@@ -114,7 +114,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def find_checkpoint(resume: str, folder: str) -> Path | None:
-    """What `checkpoint.resume` names: "never" and "auto" without a checkpoint give None, a path must exist."""
+    """What `train.resume` names: "never" and "auto" without a checkpoint give None, a path must exist."""
     if resume == "never":
         return None
     if resume == "auto":
@@ -122,9 +122,7 @@ def find_checkpoint(resume: str, folder: str) -> Path | None:
         return found[-1] if found else None
     path = Path(resume)
     if not (path / "state.json").is_file():
-        raise CheckpointError(
-            f"checkpoint.resume = {resume!r}: no state.json there; give a step_N folder, auto or never"
-        )
+        raise CheckpointError(f"train.resume = {resume!r}: no state.json there; give a step_N folder, auto or never")
     return path
 
 

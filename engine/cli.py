@@ -19,6 +19,7 @@ from ppomax.engine.config_checks import check_paths, roles_in_use
 from ppomax.engine.config_file import load_config, to_toml
 from ppomax.engine.config_help import describe
 from ppomax.engine.errors import (
+    ENDED_BY_SIGTERM,
     CheckpointError,
     ConfigError,
     DataError,
@@ -26,6 +27,7 @@ from ppomax.engine.errors import (
     DoesNotFitError,
     PeerFailedError,
     PpomaxError,
+    RunStopped,
     ServiceError,
 )
 from ppomax.engine.parallel.layout import check_layout
@@ -60,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `ppomax ARGV...` and returns its exit code; argv is None for the process's own arguments."""
     try:
         _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except RunStopped as reason:
+        sys.stderr.write(_prefixed(f"ppomax: {reason}\n"))
+        return 0
     except PpomaxError as error:
         _report(error)
         return error.exit_code
@@ -78,9 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_codes() -> str:
     """The table of `ppomax help exit-codes`."""
-    rows = [(0, "Done."), (1, "Anything unexpected; a traceback says what.")]
+    rows = [
+        (0, "Done, or stopped by SIGTERM or SIGUSR1 after saving a checkpoint (the last line says so)."),
+        (1, "Anything unexpected; a traceback says what."),
+    ]
     rows += [(error.exit_code, (error.__doc__ or "").strip()) for error in ERRORS]
     rows.append((INTERRUPTED, "Interrupted by Ctrl-C."))
+    rows.append((ENDED_BY_SIGTERM, "Ended by SIGTERM before a checkpoint could be saved."))
     note = "torchrun itself ends with 1 when a rank fails; its summary names the rank's own exit code."
     return "\n".join(["Exit codes", *(f"  {code:>3}  {meaning}" for code, meaning in rows), "", note])
 

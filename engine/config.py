@@ -470,8 +470,6 @@ class CheckpointConfig(Section):
     """Save after every this many steps; 0: only the final Hugging Face folder."""
     keep: Positive = 2
     """Newest checkpoints kept."""
-    resume: str = "never"
-    """"auto": go on from the newest checkpoint of train.output; "never"; or the path of a checkpoint."""
 
 
 class MonitorConfig(Section):
@@ -511,6 +509,12 @@ class TrainConfig(Section):
     """Tokens of one packed forward and backward pass on one replica. It changes memory, not results."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of every random draw."""
+    resume: str = "never"
+    """"auto": go on from the newest checkpoint of train.output, so that the same command continues the same run;
+    "never"; or the path of a checkpoint."""
+    stop_seconds: Positive = 25
+    """Seconds from SIGTERM until a rank that has reached no end of a step ends without saving (exit code 143).
+    Source: torchrun kills its processes 30 s after it has passed SIGTERM on."""
     max_skipped_steps: Count = 0
     """Steps in a row with a non-finite loss or gradient that are skipped before the run stops (exit code 6)."""
     log_every: Positive = 1

@@ -122,13 +122,13 @@ def split(layout: RoleLayout) -> dict[str, object]:
 
 def check_paths(config: RunConfig, command: str) -> None:
     """Raises CheckpointError or DataError that lists the model folders and data files of the stage that are missing."""
-    model, data, resume = config.model, config.data, config.checkpoint.resume
+    model, data, resume = config.model, config.data, config.train.resume
     folders = {f"model.{role}": getattr(model, role) for role in MODELS_READ[command]}
     models = [f"{key} = {path!r}: no such folder" for key, path in folders.items() if path and not Path(path).is_dir()]
     if model.tokenizer and not Path(model.tokenizer).exists():
         models.append(f"model.tokenizer = {model.tokenizer!r}: no such file or folder")
     if resume not in ("auto", "never") and not Path(resume).is_dir():
-        models.append(f"checkpoint.resume = {resume!r}: no such folder (it takes 'auto', 'never' or a checkpoint)")
+        models.append(f"train.resume = {resume!r}: no such folder (it takes 'auto', 'never' or a checkpoint)")
     sources = {"train": data.train, "eval": data.eval, "ptx": data.ptx if command == "ppo" else ()}
     files = [
         f"data.{key}: {source.path!r}: no such file"

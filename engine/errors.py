@@ -4,6 +4,9 @@ Every message says what is wrong, where, what was expected and what to do. `engi
 traceback.
 """
 
+ENDED_BY_SIGTERM = 143
+"""Exit code of a run that SIGTERM ended before it could save a checkpoint, as shells have it: 128 + SIGTERM."""
+
 
 class PpomaxError(Exception):
     """Base of the errors that are reported without a traceback."""
@@ -51,3 +54,7 @@ class ServiceError(PpomaxError):
     """A service behind HTTP refuses, or does not answer in time: names its address and fault."""
 
     exit_code = 8
+
+
+class RunStopped(Exception):
+    """A signal asked for the end of the run, which has saved a checkpoint: no error, exit code 0."""

@@ -39,11 +39,9 @@ class RunLog:
         records = self.folder / "metrics.jsonl"
         # A run that ended before its first record (a bad row, say) left nothing that could be lost.
         if not resumed and records.exists() and records.stat().st_size > 0:
-            if config.checkpoint.resume == "auto":
+            if config.train.resume == "auto":
                 raise ConfigError(f"train.output {self.folder} holds a run without a checkpoint; {NEW_FOLDER}")
-            raise ConfigError(
-                f"train.output {self.folder} already holds a run; {NEW_FOLDER}, or set checkpoint.resume=auto"
-            )
+            raise ConfigError(f"train.output {self.folder} already holds a run; {NEW_FOLDER}, or set train.resume=auto")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(config, self.folder / "config.toml")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
 from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
-from ppomax.engine.errors import ConfigError, DoesNotFitError
+from ppomax.engine.errors import ConfigError, DoesNotFitError, RunStopped
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
@@ -26,6 +27,7 @@ from ppomax.engine.models.transformer import DTYPES
 from ppomax.engine.parallel.collectives import raise_on_all
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.groups import RoleGroups
+from ppomax.engine.parallel.stop_signal import StopSignal
 from ppomax.engine.plan.run import MemoryMeter, plan_run
 from ppomax.engine.plan.summary import measured_lines, plan_record, summary_lines
 from ppomax.engine.ppo.evaluation import EVALUATION_STEP
@@ -38,13 +40,14 @@ from ppomax.engine.rollout.watch import MakeWatch
 from ppomax.engine.steps import StepCounter
 from ppomax.engine.trace import Trace
 
+TRAINING_STAGES = ("sft", "reward", "critic", "ppo")
 SAMPLING_STAGES = ("critic", "ppo", "evaluate")
 
 
 @dataclass(frozen=True)
 class Session:
     """One stage on this rank. resume: the checkpoint to go on from, if any. vllm: with sampling.backend = "vllm".
-    trace: with monitor.trace.
+    trace: with monitor.trace. stop: what signals asked for; `end_step` looks.
     """
 
     config: RunConfig
@@ -56,6 +59,7 @@ class Session:
     resume: Path | None
     vllm: VllmBackend | None
     trace: Trace | None
+    stop: StopSignal
 
 
 @contextlib.contextmanager
@@ -70,11 +74,12 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_run(config, command, world_size, vocab_size=lambda: tokenizer.vocab_size)
     device = start(config.parallel.timeout_seconds)
+    stop_signal, stopped = StopSignal(config.train.stop_seconds), None
     try:
         meter = MemoryMeter(device)
         groups = role_groups(config)
         template = make_template(config.data, tokenizer)
-        resume = find_checkpoint(config.checkpoint.resume, checkpoint_folder(config))
+        resume = find_checkpoint(config.train.resume, checkpoint_folder(config))
         with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
             log = RunLog(config, command, is_writer=dist.get_rank() == 0, resumed=resume is not None)
         for line in summary_lines(plan):
@@ -84,7 +89,12 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         trace = None
         if config.monitor.trace:
             trace = Trace(Path(config.train.output) / "traces" / f"rank_{dist.get_rank()}.json", dist.get_rank())
-        yield Session(config, device, groups, tokenizer, template, log, resume, vllm, trace)
+        # A stage that saves nothing is ended by the signal itself.
+        with stop_signal if command in TRAINING_STAGES else contextlib.nullcontext():
+            try:
+                yield Session(config, device, groups, tokenizer, template, log, resume, vllm, trace, stop_signal)
+            except RunStopped as reason:
+                stopped = reason
         if vllm is not None:
             vllm.close()
         peaks = meter.peaks()
@@ -104,6 +114,8 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
             ) from error
         raise
     stop()
+    if stopped is not None:
+        raise stopped
 
 
 def _vllm(config: RunConfig, groups: RoleGroups, tokenizer: Tokenizer) -> VllmBackend | None:
@@ -129,14 +141,24 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def save_if_due(
+def end_step(
     session: Session, step: int, roles: Mapping[str, Role], state: Mapping[str, Any], counter: StepCounter
 ) -> None:
-    """Writes a checkpoint after every checkpoint.every steps. Collective over all ranks."""
+    """The end of a step of a stage: writes a checkpoint after every checkpoint.every steps, and where a signal asked
+    any rank to stop; there it raises RunStopped. Collective over all ranks.
+
+    state: what a resumed run needs besides the roles, as JSON can hold it.
+    """
     config = session.config
-    if is_due(config.checkpoint.every, step):
+    asked = session.stop.agreed()
+    if asked or is_due(config.checkpoint.every, step):
         path = save_checkpoint(checkpoint_folder(config), step, roles, state, keep=config.checkpoint.keep)
         counter.last_good = str(path)
+    if asked:
+        raise RunStopped(
+            f"stopped after step {step}, as {signal.Signals(asked).name} asked: wrote {counter.last_good}; the same "
+            "command with train.resume=auto goes on from it"
+        )
 
 
 def sample(

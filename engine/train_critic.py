@@ -13,7 +13,7 @@ from ppomax.engine.models.roles import load_critic, load_role
 from ppomax.engine.ppo.experience import Models, make_experience, summary
 from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.update import UpdateSettings, update
-from ppomax.engine.session import export, open_session, sample, save_if_due
+from ppomax.engine.session import end_step, export, open_session, sample
 from ppomax.engine.steps import StepCounter
 
 
@@ -63,7 +63,7 @@ def run(config: RunConfig) -> None:
             step += 1
             session.log.step(step, config.train.steps, summary(experience) | stats)
             state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
-            save_if_due(session, step, {"critic": critic}, state, counter)
+            end_step(session, step, {"critic": critic}, state, counter)
             if stats.get("value_loss", math.inf) < config.critic.stop_loss:
                 session.log.say(
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"

@@ -23,7 +23,7 @@ from ppomax.engine.rollout.generate import request_seeds
 from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.watch import Ended
 from ppomax.engine.rollout_dump import write_rollouts
-from ppomax.engine.session import Session, export, is_due, open_session, sample, sample_held_out, save_if_due
+from ppomax.engine.session import Session, end_step, export, is_due, open_session, sample, sample_held_out
 from ppomax.engine.steps import StepCounter
 from ppomax.engine.trace import span
 
@@ -123,7 +123,7 @@ def run(config: RunConfig) -> None:
             if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
                 _evaluate(session, models, held_out, state.step)
             with span(trace, "checkpoint"):
-                save_if_due(session, state.step, trained, state.to_json(), counter)
+                end_step(session, state.step, trained, state.to_json(), counter)
         export(session, models.policy, "hf")
         export(session, models.critic, "critic_hf")
 

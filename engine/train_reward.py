@@ -18,7 +18,7 @@ from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.roles import Role, as_scalar, grouped_packs, load_policy, load_role
 from ppomax.engine.parallel.pipeline import run_forward_backward
 from ppomax.engine.ppo.evaluation import PairAccuracy, pair_accuracy, pair_sequences
-from ppomax.engine.session import Session, export, is_due, open_session, save_if_due
+from ppomax.engine.session import Session, end_step, export, is_due, open_session
 from ppomax.engine.steps import StepCounter, apply_gradients, zero_gradients
 
 
@@ -46,7 +46,7 @@ def run(config: RunConfig) -> None:
             session.log.step(counter.step, len(batches), stats | {"pairs": float(len(pairs))})
             if held_out and is_due(config.monitor.eval_every, counter.step):
                 session.log.evaluation(counter.step, pair_accuracy(model, held_out, config.train).metrics())
-            save_if_due(session, counter.step, {"reward": model}, {"step": counter.step}, counter)
+            end_step(session, counter.step, {"reward": model}, {"step": counter.step}, counter)
         if held_out:
             result = pair_accuracy(model, held_out, config.train)
             session.log.evaluation(counter.step, result.metrics())

@@ -12,7 +12,7 @@ from ppomax.engine.data.datasets import DialogueRow, load_dialogues
 from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, load_policy, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
-from ppomax.engine.session import export, is_due, open_session, save_if_due
+from ppomax.engine.session import end_step, export, is_due, open_session
 from ppomax.engine.steps import StepCounter, apply_gradients, dialogue_rows, language_model_gradients
 
 
@@ -42,7 +42,7 @@ def run(config: RunConfig) -> None:
             if held_out and (is_last or is_due(config.monitor.eval_every, counter.step)):
                 loss = held_out_loss(policy, held_out, train.tokens_per_microbatch)
                 session.log.evaluation(counter.step, {"loss": loss})
-            save_if_due(session, counter.step, {"policy": policy}, {"step": counter.step}, counter)
+            end_step(session, counter.step, {"policy": policy}, {"step": counter.step}, counter)
         export(session, policy, "hf")
 
 

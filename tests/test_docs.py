@@ -12,6 +12,7 @@ from ppomax.engine.config import ROLES, RoleLayout
 from ppomax.engine.config_checks import MODELS_READ
 from ppomax.engine.config_file import load_config
 from ppomax.engine.config_help import fields, sections
+from ppomax.engine.errors import ENDED_BY_SIGTERM
 from ppomax.engine.parallel.layout import check_layout
 from ppomax.engine.presets import PPO_MAX
 
@@ -114,10 +115,11 @@ def test_the_readme_gives_the_values_of_the_preset(detail: int, key: str) -> Non
 )
 def test_the_table_of_exit_codes_is_that_of_the_errors(path: Path, heading: str) -> None:
     rows = table(path, heading)
-    assert [int(code) for code, *_ in rows] == [0, 1, *(error.exit_code for error in cli.ERRORS), cli.INTERRUPTED]
-    assert [name for _, name, *_ in rows[2:-1]] == [f"`{error.__name__}`" for error in cli.ERRORS]
+    errors = [error.exit_code for error in cli.ERRORS]
+    assert [int(code) for code, *_ in rows] == [0, 1, *errors, cli.INTERRUPTED, ENDED_BY_SIGTERM]
+    assert [name for _, name, *_ in rows[2:-2]] == [f"`{error.__name__}`" for error in cli.ERRORS]
     if path == README:
-        assert [meaning for *_, meaning in rows[2:-1]] == [(error.__doc__ or "").strip() for error in cli.ERRORS]
+        assert [meaning for *_, meaning in rows[2:-2]] == [(error.__doc__ or "").strip() for error in cli.ERRORS]
 
 
 def stage_lines() -> list[list[str]]:

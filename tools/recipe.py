@@ -21,7 +21,7 @@ from rich.table import Table
 from ppomax.engine.config import RunConfig
 from ppomax.engine.config_checks import check_paths
 from ppomax.engine.config_file import load_config
-from ppomax.engine.errors import ConfigError
+from ppomax.engine.errors import ConfigError, PpomaxError, RunStopped
 from ppomax.engine.parallel.layout import check_layout
 from ppomax.engine.stage import stage_function
 from ppomax.tools.plots import plot_recipe
@@ -63,7 +63,12 @@ def run_recipe(
     for name, (command, config) in resolved.items():
         print(f"\n== {name}: writes {config.train.output}", flush=True)
         started = time.perf_counter()
-        stage_function(command)(config)
+        try:
+            stage_function(command)(config)
+        except RunStopped as reason:
+            raise PpomaxError(
+                f"the recipe ends in {name}, which {reason}; a recipe starts from its first stage"
+            ) from None
         seconds[name] = round(time.perf_counter() - started, 1)
     summary = _summarise(output, seconds, gold)
     (output / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ppomax.engine.errors import ConfigError
+from ppomax.engine.parallel.agent import end_with_agent
 
 
 def start(timeout_seconds: int) -> torch.device:
@@ -21,6 +22,7 @@ def start(timeout_seconds: int) -> torch.device:
     Under torchrun the world comes from the environment; otherwise this process is a world of one. Every rank must
     call it.
     """
+    end_with_agent()
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message="Please use DTensor")

@@ -103,7 +103,7 @@ def resume(on_ranks: OnRanks, tiny: Any, tmp_path: Path) -> Callable[[Path, str]
     def run(checkpoint: Path, layout: str) -> Path:
         num_ranks, parallel = LAYOUTS[layout]
         output = tmp_path / "resumed"
-        overrides = {**PPO, "checkpoint": {"resume": str(checkpoint)}}
+        overrides = {**PPO, "train": {"steps": 3, "resume": str(checkpoint)}}
         config = tiny.config("ppo", output, tied="tied" in layout, parallel=parallel, **overrides)
         on_ranks(num_ranks, run_stage, "ppo", config)
         return output
@@ -150,7 +150,7 @@ def test_other_stages_resume_bitwise_from_their_newest_checkpoint(
     overrides: dict[str, Any] = {"train": {"steps": 3}, "data": {"eval": ()}, "checkpoint": {"every": 2}}
     on_ranks(1, run_stage, stage, tiny.config(stage, output, **overrides))
     straight = last_record(output), weights(output)
-    overrides["checkpoint"] = {"resume": "auto"}
+    overrides["checkpoint"], overrides["train"] = {}, {"steps": 3, "resume": "auto"}
     on_ranks(1, run_stage, stage, tiny.config(stage, output, **overrides))
     assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
     assert last_record(output) == straight[0]
@@ -249,7 +249,7 @@ def test_a_checkpoint_of_another_shape_is_refused(on_ranks: OnRanks, tiny: Any, 
 
 
 def test_a_checkpoint_of_another_stage_is_refused(on_ranks: OnRanks, tiny: Any, tmp_path: Path, straight) -> None:
-    overrides = {"checkpoint": {"resume": str(step_2(straight("tp2")))}}
+    overrides = {"train": {"resume": str(step_2(straight("tp2")))}}
     with pytest.raises(CheckpointError, match="reward missing"):
         on_ranks(1, run_stage, "reward", tiny.config("reward", tmp_path / "run", **overrides))
 
@@ -258,7 +258,7 @@ def test_every_rank_of_a_diverging_run_names_step_and_last_good_checkpoint(
     on_ranks: OnRanks, tiny: Any, tmp_path: Path, straight
 ) -> None:
     checkpoint = step_2(straight("tp2"))
-    overrides = {"checkpoint": {"resume": str(checkpoint)}, "optim": {"lr": 1e30}, "train": {"steps": 3}}
+    overrides = {"optim": {"lr": 1e30}, "train": {"steps": 3, "resume": str(checkpoint)}}
     config = tiny.config("ppo", tmp_path / "run", parallel={"tp": 2, "pp": 2}, **overrides)
     errors = on_ranks(4, error_of_stage, "ppo", config)
     assert len(set(errors)) == 1

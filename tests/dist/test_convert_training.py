@@ -130,7 +130,7 @@ def test_training_goes_on_from_a_resharded_checkpoint_bit_by_bit(
     reshard(str(step(run, 1)), str(tmp_path / "resharded"), split=Split(pp=2, vpp=2))
     results = []
     for name, checkpoint in (("from_saved", step(run, 1)), ("from_resharded", tmp_path / "resharded")):
-        overrides = {"parallel": {"pp": 2, "vpp": 2}, "checkpoint": {"resume": str(checkpoint)}}
+        overrides = {"parallel": {"pp": 2, "vpp": 2}, "train": {"resume": str(checkpoint)}}
         on_ranks(2, run_stage, "ppo", tiny.config("ppo", tmp_path / name, tied=True, **overrides))
         record = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
         results.append({key: value for key, value in record.items() if key != "seconds"})

@@ -77,8 +77,8 @@ def run(on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path_factory: pytest.
                 output,
                 parallel=parallel,
                 ppo={"rollout_size": ROLLOUT_SIZE, "minibatch_size": 3, "epochs": 1, **MODES[mode]},
-                train={"steps": NUM_STEPS},
-                checkpoint={"every": 1, "keep": NUM_STEPS, "resume": resume},
+                train={"steps": NUM_STEPS, "resume": resume},
+                checkpoint={"every": 1, "keep": NUM_STEPS},
             )
             first, *others = on_ranks(num_ranks, run_ppo, config)
             assert all(other == first for other in others)
@@ -178,8 +178,7 @@ def test_carried_responses_are_not_forgotten_without_a_word(run: Runner, on_rank
         "ppo",
         tmp_path / "run",
         ppo={"rollout_size": ROLLOUT_SIZE, "minibatch_size": 3},
-        train={"steps": NUM_STEPS},
-        checkpoint={"resume": str(checkpoint)},
+        train={"steps": NUM_STEPS, "resume": str(checkpoint)},
     )
     with pytest.raises(ConfigError, match=r"holds 5 unfinished responses, which only ppo\.partial_rollout"):
         on_ranks(1, run_ppo, config)

@@ -172,7 +172,7 @@ def test_a_checkpoint_is_resumed_bitwise_whatever_was_on_the_host(run: Run, layo
     expected, _ = run("ppo", layout, "none", checkpoint={"every": 1})
     saved, _ = run("ppo", layout, "all", checkpoint={"every": 1})
     first = saved / "checkpoints" / "step_00000001"
-    found, _ = run("ppo", layout, "all", checkpoint={"resume": str(first)})
+    found, _ = run("ppo", layout, "all", train={"resume": str(first)})
     assert_bitwise(found, expected, last=1)
 
 

@@ -203,8 +203,8 @@ def test_a_finished_run_is_not_overwritten(
     assert cli.main(arguments("sft", "train.steps=1")) == 0
     before = contents(tmp_path / "run")
     assert "hf/model.safetensors" in before
-    for resume, advice in (("never", "or set checkpoint.resume=auto"), ("auto", "holds a run without a checkpoint")):
-        assert cli.main(arguments("sft", "train.steps=1", f"checkpoint.resume={resume}")) == ConfigError.exit_code
+    for resume, advice in (("never", "or set train.resume=auto"), ("auto", "holds a run without a checkpoint")):
+        assert cli.main(arguments("sft", "train.steps=1", f"train.resume={resume}")) == ConfigError.exit_code
         assert advice in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
 
@@ -234,7 +234,7 @@ def test_a_loss_that_is_nan_names_step_and_last_good_checkpoint_which_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    command = arguments("sft", "train.steps=5", "checkpoint.every=1", "checkpoint.resume=auto")
+    command = arguments("sft", "train.steps=5", "checkpoint.every=1", "train.resume=auto")
     losses({4: math.nan})
     assert cli.main(command) == DivergedError.exit_code
     message = capsys.readouterr().err

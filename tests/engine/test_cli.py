@@ -88,7 +88,7 @@ def test_dry_run_checks_the_layout_against_torchrun(complete, monkeypatch, capsy
         ("data.train=absent.jsonl", DataError.exit_code, "data.train: 'absent.jsonl': no such file"),
         ("model.policy=absent", CheckpointError.exit_code, "model.policy = 'absent': no such folder"),
         ("model.tokenizer=absent", CheckpointError.exit_code, "model.tokenizer = 'absent'"),
-        ("checkpoint.resume=absent", CheckpointError.exit_code, "checkpoint.resume = 'absent'"),
+        ("train.resume=absent", CheckpointError.exit_code, "train.resume = 'absent'"),
     ],
 )
 def test_what_is_not_there_is_found_before_the_stage_starts(complete, capsys, override, code, message):
@@ -136,7 +136,7 @@ def test_each_error_of_a_stage_has_its_exit_code_and_no_traceback(complete, stag
 def test_help_prints_one_row_per_exit_code(capsys):
     assert cli.main(["help", "exit-codes"]) == 0
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert rows == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130"]
+    assert rows == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130", "143"]
 
 
 def test_the_documented_exit_codes_are_those_of_the_errors():

@@ -219,6 +219,7 @@ def test_the_written_file_names_every_field():
         ("parallel.polcy.tp=2", "did you mean parallel.policy?"),
         ("parallel.critic.tpp=2", "did you mean parallel.critic.tp?"),
         ("modle.policy=x", "did you mean model?"),
+        ("checkpoint.resume=auto", "did you mean train.resume?"),
         ("zzz=1", "`ppomax help` lists the sections"),
     ],
 )
