@@ -26,6 +26,7 @@ from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import DTYPES
 from ppomax.engine.parallel.collectives import raise_on_all
 from ppomax.engine.parallel.device import start, stop
+from ppomax.engine.parallel.environment import settings
 from ppomax.engine.parallel.groups import RoleGroups
 from ppomax.engine.parallel.stop_signal import StopSignal
 from ppomax.engine.plan.run import MemoryMeter, plan_run
@@ -73,7 +74,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
     tokenizer = load_tokenizer(path)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = plan_run(config, command, world_size, vocab_size=lambda: tokenizer.vocab_size)
-    device = start(config.parallel.timeout_seconds)
+    device = start(config.parallel.timeout_seconds, agreed=settings(config))
     stop_signal, stopped = StopSignal(config.train.stop_seconds), None
     try:
         meter = MemoryMeter(device)

@@ -19,6 +19,7 @@ from ppomax.engine.dry_run import check_models
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.roles import Role, load_role, role_groups
 from ppomax.engine.parallel.device import start, stop
+from ppomax.engine.parallel.environment import settings
 from ppomax.engine.parallel.layout import check_layout
 
 JOINERS = "\u200c\u200d"
@@ -73,7 +74,7 @@ def load_template(config: RunConfig) -> Template:
 @contextlib.contextmanager
 def open_model(config: RunConfig, template: Template) -> Iterator[Model]:
     """Loads the model of an inference_config and leaves the process group at the end. Every rank must call it."""
-    start(config.parallel.timeout_seconds)
+    start(config.parallel.timeout_seconds, agreed=settings(config))
     try:
         yield Model(config, load_role("policy", config.model.policy, config, role_groups(config)["policy"]), template)
     except BaseException:

@@ -8,19 +8,23 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ppomax.engine.errors import ConfigError
+from ppomax.engine.errors import ConfigError, PeerFailedError
 from ppomax.engine.parallel.agent import end_with_agent
+from ppomax.engine.parallel.environment import check_same_everywhere, keep_to_this_host, versions
 
 
-def start(timeout_seconds: int) -> torch.device:
+def start(timeout_seconds: int, *, agreed: Mapping[str, str] | None = None) -> torch.device:
     """Sets up device, CPU backend and the default process group; returns the device of this rank.
 
     Under torchrun the world comes from the environment; otherwise this process is a world of one. Every rank must
-    call it.
+    call it. agreed: what must be the same on every rank, besides versions. Raises ConfigError on all of them where it
+    is not.
     """
     end_with_agent()
     warnings.filterwarnings("ignore", module="megatron")
@@ -46,13 +50,29 @@ def start(timeout_seconds: int) -> torch.device:
         device = torch.device("cpu")
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        backend = "nccl" if has_gpu else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        keep_to_this_host()
+        world = join_store(timeout)
+        if world["world_size"] > 1:
+            check_same_everywhere(**world, facts=versions() | dict(agreed or {}), timeout_seconds=timeout_seconds)
+        dist.init_process_group("nccl" if has_gpu else "gloo", **world, timeout=timeout)
     _prepare_megatron_globals()
     return device
+
+
+def join_store(timeout: datetime.timedelta) -> dict[str, Any]:
+    """store, rank and world_size: torchrun's, or a world of one. Raises PeerFailedError where no store answers."""
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except (dist.DistError, RuntimeError) as error:
+        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise PeerFailedError(
+            f"rank {os.environ['RANK']} does not reach the run's store at {place} (MASTER_ADDR, MASTER_PORT) within "
+            f"{timeout.total_seconds():g} s; does that name stand for the first host, from here? is the port open? "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return {"store": store, "rank": rank, "world_size": world_size}
 
 
 def this_device() -> torch.device:
