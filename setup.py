@@ -19,5 +19,5 @@ FOLDERS = (
 setup(
     packages=["ppomax." + folder.replace("/", ".") for folder in FOLDERS],
     package_dir={"ppomax." + folder.replace("/", "."): folder for folder in FOLDERS},
-    package_data={"ppomax.kernels": ["*.c"]},
+    package_data={"ppomax.kernels": ["*.c"], "ppomax.tools": ["report_assets/*"]},
 )

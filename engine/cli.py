@@ -47,6 +47,7 @@ TOOLS = {
     "convert": "Hugging Face to Megatron and back, inspect, verify, reshard, weight diffs (`ppomax convert --help`)",
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
+    "report": "what runs did, as one HTML file: curves, events, samples, rollouts token by token, configuration",
     "prepare-data": "split a preference file, train a tokenizer on it",
     "help": "this text, or `help SECTION`, `help SECTION.FIELD`, `help exit-codes`",
     "version": "versions of ppomax and what it runs on",
@@ -126,6 +127,10 @@ def _dispatch(argv: list[str]) -> None:
         from ppomax.tools.recipe import main as recipe
 
         recipe(rest)
+    elif command == "report":
+        from ppomax.tools.report import main as report
+
+        report(rest)
     elif command == "prepare-data":
         from ppomax.tools.prepare_data import main as prepare_data
 

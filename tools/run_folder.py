@@ -1,0 +1,216 @@
+"""Reads a run folder as far as it got: records, events, samples, rollouts, configuration, plan.
+
+A run may be writing while it is read, or have been killed: a last line without its end is left for later, a damaged
+line is left out and named in `notes`. What the records mean is left to `report_data.py`.
+"""
+
+import json
+import math
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppomax.engine.errors import DataError
+
+Row = dict[str, Any]
+
+SAMPLES = re.compile(r"samples_(\d{1,12})\.jsonl")
+ROLLOUTS = re.compile(r"step_(\d{1,12})\.(?:jsonl|parquet)")
+COLUMNS = ("logprobs", "ref_logprobs", "kl", "advantages", "values", "token_rewards")
+"""Numbers per token in a row of rollouts."""
+LARGEST_STEP = 10**12
+MAX_NOTES = 20
+
+
+@dataclass
+class Run:
+    """What was found so far. records: the lines of metrics.jsonl that have a kind and a step, in their order."""
+
+    folder: Path
+    records: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    position: int = 0
+    """Bytes of metrics.jsonl that were read."""
+    num_lines: int = 0
+    inode: int = 0
+    tail: bytes = b""
+    """Its last line, if that has no end yet."""
+
+
+def open_run(folder: Path) -> Run:
+    """Raises DataError where there is no folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such run folder; expected what a stage wrote into train.output")
+    return Run(folder)
+
+
+def read_records(run: Run) -> None:
+    """Takes what metrics.jsonl has grown by; a file that was replaced is read anew."""
+    path = run.folder / "metrics.jsonl"
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            status = path.stat()
+            if status.st_size < run.position or status.st_ino != run.inode:
+                run.records, run.notes, run.position, run.num_lines = [], [], 0, 0
+            run.inode = status.st_ino
+            file.seek(run.position)
+            *lines, run.tail = file.read().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    for line in lines:
+        run.num_lines += 1
+        run.position += len(line) + 1
+        try:
+            run.records.append(_record(line))
+        except ValueError as error:
+            _note(run, f"metrics.jsonl, line {run.num_lines}, is left out: {error}")
+
+
+def last_record(run: Run) -> Row | None:
+    """The last line where it is whole but for its end, as an editor may leave it."""
+    try:
+        return _record(run.tail) if run.tail.strip() else None
+    except ValueError:
+        return None
+
+
+def check_has_records(run: Run) -> None:
+    """Raises DataError where there is nothing to report on."""
+    path = run.folder / "metrics.jsonl"
+    if run.records or last_record(run) or sample_files(run.folder) or rollout_files(run.folder):
+        return
+    if run.notes:
+        raise DataError(f"{path} has no readable record: {run.notes[0]}; expected the file that a stage writes")
+    if path.is_file():
+        raise DataError(f"{path} has no record yet; `ppomax watch {run.folder}` shows a run from its first step on")
+    inner = sorted(one.parent for one in run.folder.glob("*/metrics.jsonl"))
+    if inner:
+        raise DataError(f"{run.folder} holds several runs; name one or more of them: {' '.join(map(str, inner))}")
+    raise DataError(f"{run.folder} holds no run: no metrics.jsonl, samples or rollouts; give a stage's train.output")
+
+
+def sample_files(folder: Path) -> dict[int, Path]:
+    """{step: file} of evaluations' dialogues; what `evaluate` writes has step 0."""
+    found = {int(match[1]): path for path in _listing(folder) if (match := SAMPLES.fullmatch(path.name))}
+    whole = folder / "samples.jsonl"
+    if not found and whole.is_file():
+        found[0] = whole
+    return dict(sorted(found.items()))
+
+
+def rollout_files(folder: Path) -> dict[int, Path]:
+    """{step: file} of the rollouts that were written."""
+    matches = ((ROLLOUTS.fullmatch(path.name), path) for path in _listing(folder / "rollouts"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def read_samples(path: Path) -> list[Row]:
+    """Dialogues: prompt (turns or text), response, reward, finished. Raises DataError."""
+    rows = _read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("response"), str) or "prompt" not in row:
+            raise DataError(f"{path}, line {number}: expected a row with prompt and response")
+    return rows
+
+
+def read_rollouts(path: Path) -> list[Row]:
+    """Rows as engine/rollout_dump.py writes them. Raises DataError."""
+    rows = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        pieces = row.get("pieces")
+        if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+            raise DataError(f"{path}, row {number}: expected pieces, the texts of the response's tokens")
+        for name in ("tokens", *COLUMNS):
+            column = row.get(name)
+            if not isinstance(column, list) or len(column) != len(pieces):
+                raise DataError(f"{path}, row {number}: expected {len(pieces)} entries of {name}, one per token")
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None where it is missing or damaged, as in a folder that is being written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_toml(path: Path) -> dict[str, Any] | None:
+    """The content of a TOML file; None where it is missing or damaged."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def finite(value: Any) -> float | None:
+    """The value as a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _record(line: bytes) -> Row:
+    """Raises ValueError that says what is wrong."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError("expected an object with a kind and a step")
+    step = finite(record.get("step"))
+    if step is None or not -LARGEST_STEP < step < LARGEST_STEP:
+        raise ValueError("its step is not a number")
+    return record
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(f"{path}, line {number}: not JSON") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object")
+        rows.append(row)
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path}: pyarrow is not installed, and reads this format; install it") from None
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _listing(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_file()]
+    except OSError:
+        return []
+
+
+def _note(run: Run, text: str) -> None:
+    if len(run.notes) < MAX_NOTES:
+        run.notes.append(text)
+    elif len(run.notes) == MAX_NOTES:
+        run.notes.append("more lines of metrics.jsonl are left out")
