@@ -21,6 +21,8 @@ ROLLOUTS = re.compile(r"step_(\d{1,12})\.(?:jsonl|parquet)")
 COLUMNS = ("logprobs", "ref_logprobs", "kl", "advantages", "values", "token_rewards")
 """Numbers per token in a row of rollouts."""
 LARGEST_STEP = 10**12
+LARGEST = 1e150
+"""Beyond it, differences and squares of numbers overflow."""
 MAX_NOTES = 20
 
 
@@ -148,11 +150,11 @@ def read_toml(path: Path) -> dict[str, Any] | None:
 
 
 def finite(value: Any) -> float | None:
-    """The value as a finite number, else None."""
+    """The value as a finite number within +-LARGEST, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
+        return max(-LARGEST, min(LARGEST, float(value))) if math.isfinite(value) else None
     except OverflowError:
         return None
 
