@@ -484,6 +484,8 @@ class MonitorConfig(Section):
     score (sampling.length_penalty) is evaluated. Source: 1, P p.17."""
     num_samples: Count = 8
     """Dialogues written out by an evaluation of `ppo`; `evaluate` writes all."""
+    norms_every: Count = 10
+    """`ppo` measures the norms of policy and critic weights after every this many iterations; 0: never."""
     trace: bool = False
     """`ppo` writes traces/rank_N.json: when each rank sampled, scored and trained which role, for chrome://tracing or
     ui.perfetto.dev. A GPU is waited for at the end of each span."""

@@ -1,5 +1,5 @@
-"""What a run leaves behind: its folder with the resolved configuration, versions, metrics.jsonl, and the lines on the
-console.
+"""What a run leaves behind: its folder with the resolved configuration, versions, metrics.jsonl, timing.jsonl, and the
+lines on the console. docs/metrics.md has the format and every metric.
 """
 
 import json
@@ -50,7 +50,7 @@ class RunLog:
         except OSError as error:
             raise ConfigError(f"train.output {self.folder} cannot be written: {error}") from error
 
-    def step(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
+    def step(self, step: int, num_steps: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and every train.log_every steps one on the console. Steps count from 1."""
         if not self.is_writer:
             return
@@ -72,6 +72,18 @@ class RunLog:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int))
         self.say(f"{self.command} {step} held out: {shown}")
 
+    def event(self, event: Mapping[str, Any]) -> None:
+        """What the monitor saw (engine/monitor/events.py), in metrics.jsonl and on the console."""
+        if not self.is_writer:
+            return
+        self._append({"kind": "event", **event})
+        self.say(f"monitor, step {event['step']}: {event['message']} ({event['action']})")
+
+    def timing(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of timing.jsonl: what depends on the machine, and not only on configuration and seed."""
+        if self.is_writer:
+            self._append({"kind": self.command, "step": step, **values}, "timing.jsonl")
+
     def write_json(self, name: str, content: Any) -> None:
         if self.is_writer:
             (self.folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False))
@@ -86,10 +98,18 @@ class RunLog:
         if self.is_writer:
             print(text, flush=True)
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
-            file.write(json.dumps(finite) + "\n")  # null for what is not a number: JSON has no NaN
+    def _append(self, record: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+
+
+def _finite(x: Any) -> Any:
+    """x with null for each number that is none: JSON has no NaN."""
+    if isinstance(x, Mapping):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def progress_bar(step: int, num_steps: int, width: int = 12) -> str:

@@ -142,6 +142,21 @@ class FlatAdamW(DistributedOptimizer):
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return total
 
+    @torch.no_grad()
+    def squared_parameter_norm(self) -> Tensor:
+        """Sum of the squares of all weights, each counted once: [] float64 on the device. Collective over the role's
+        ranks, whose weights must be held.
+        """
+        counted = [
+            (shard.params if shard.copies is None else shard.copies)[where]
+            for shard in self.shards
+            for counts, where in shard.runs(self._counts)
+            if counts
+        ]
+        total = squared_norm(counted, device=self.shards[0].grads.device)
+        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
+        return total
+
     def _counts(self, place: Place) -> bool:
         return param_is_not_shared(place.main) and param_is_not_tensor_parallel_duplicate(place.main, self.tp_group)
 
@@ -249,8 +264,9 @@ def clip_and_step(
 
     optimizers: of each trained role; None where it is not on this rank. groups: those of the roles. memories: of the
     roles, of which weights and gradients must be held; the state of one optimizer comes while another makes its step.
-    max_norm: largest L2 norm; 0 does not clip. Returns the norms before clipping (one, or one per optimizer), or None
-    where one is not finite: then no weight has changed. Every rank of the run must call it.
+    max_norm: largest L2 norm; 0 does not clip. Returns the norms before clipping, one per optimizer, and behind them
+    that of all together; or None where one is not finite: then no weight has changed. Every rank of the run must call
+    it.
     Norms, clip coefficients and whether all is finite stay on the device, where the steps read them. One host sync for
     all optimizers together: for the norms, when everything is launched.
     """
@@ -260,9 +276,10 @@ def clip_and_step(
             squares[i] = optimizer.squared_grad_norm()
     for square, role_groups in zip(squares.split(1), groups, strict=True):
         role_groups.give_to_all(square)
-    norms = (squares.sum(dim=0, keepdim=True) if joint else squares).sqrt()
+    norms = torch.cat([squares, squares.sum(dim=0, keepdim=True)]).sqrt()
     is_finite = norms.isfinite().all()
-    scales = (max_norm / (norms + 1e-6)).clamp(max=1.0).float().expand(len(optimizers)) if max_norm > 0 else None
+    clipped = norms[-1:] if joint else norms[:-1]
+    scales = (max_norm / (clipped + 1e-6)).clamp(max=1.0).float().expand(len(optimizers)) if max_norm > 0 else None
     read_norms = _start_reading(norms)
     for i, (optimizer, memory) in enumerate(zip(optimizers, memories, strict=True)):
         if optimizer is None:

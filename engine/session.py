@@ -62,6 +62,10 @@ class Session:
     trace: Trace | None
     stop: StopSignal
 
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
 
 @contextlib.contextmanager
 def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> Iterator[Session]:

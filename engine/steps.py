@@ -50,8 +50,8 @@ def apply_gradients(
     """Steps every (role, peak learning rate) unless a loss in `stats` or a gradient norm is not finite, which is
     counted. stats: the same on every rank.
 
-    Weights and gradients of the roles must be held. Returns stats with the gradient norm(s) before clipping and the
-    first role's learning rate. Raises DivergedError. Every rank of the run must call it.
+    Weights and gradients of the roles must be held. Returns stats with the gradient norms before clipping, of each role
+    and of all, and the first role's learning rate. Raises DivergedError. Every rank of the run must call it.
     """
     factor = learning_rate_factor(optim, counter.step, counter.num_steps)
     optimizers = []
@@ -68,13 +68,27 @@ def apply_gradients(
         norms = clip_and_step(optimizers, groups, memories, max_norm=optim.grad_clip, joint=joint)
     what = f"{bad[0]} is {stats[bad[0]]}" if bad else "a gradient is not finite"
     counter.record(applied=norms is not None, what=what)
-    names = ["grad_norm"] if joint else [f"grad_norm_{role.name}" for role, _ in trained]
+    each = [f"grad_norm_{role.name}" for role, _ in trained] if len(trained) > 1 else []
     return {
         **stats,
-        **dict(zip(names, norms or (), strict=False)),
+        **dict(zip([*each, "grad_norm"], norms or (), strict=False)),
         "learning_rate": trained[0][1] * factor,
         "skipped_steps": float(counter.skipped),
     }
+
+
+def parameter_norms(roles: Sequence[Role]) -> dict[str, float]:
+    """L2 norm of the weights of each trained role. Every rank of the run must call it."""
+    squares = []
+    for role in roles:
+        square = torch.zeros(1, dtype=torch.float64, device=role.device)
+        if role.optimizer is not None:
+            with role.memory.resident("weights"):
+                square[0] = role.optimizer.squared_parameter_norm()
+        role.groups.give_to_all(square)
+        squares.append(square)
+    norms = torch.cat(squares).sqrt().tolist()
+    return {f"parameter_norm_{role.name}": norm for role, norm in zip(roles, norms, strict=True)}
 
 
 def language_model_gradients(role: Role, dialogues: Sequence[DialogueRow], tokens_per_microbatch: int) -> float:

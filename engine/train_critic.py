@@ -10,11 +10,13 @@ from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
 from ppomax.engine.models.roles import load_critic, load_role
-from ppomax.engine.ppo.experience import Models, make_experience, summary
+from ppomax.engine.ppo.experience import Models, make_experience
 from ppomax.engine.ppo.rewards import RewardScaler
+from ppomax.engine.ppo.statistics import rollout_statistics
 from ppomax.engine.ppo.update import UpdateSettings, update
 from ppomax.engine.session import end_step, export, open_session, sample
 from ppomax.engine.steps import StepCounter
+from ppomax.engine.throughput import Shapes, iteration_work, phase_clock
 
 
 def run(config: RunConfig) -> None:
@@ -47,23 +49,34 @@ def run(config: RunConfig) -> None:
             step, counter.step, scaler = state["step"], state["optimizer_step"], RewardScaler(**state["scaler"])
             counter.last_good = str(session.resume)
         order = prompts.order(config.train.seed)
+        clock = phase_clock(config, session.device, session.world_size)
+        own_reference = None if reference is policy else reference.shape
+        shapes = Shapes(policy.shape, critic.shape, own_reference, reward.shape)
         while step < config.train.steps:
             rows = prompts.take(order, step * ppo.rollout_size, ppo.rollout_size)
-            rollout = sample(session, policy, rows, step)
-            experience, scaler = make_experience(
-                rollout,
-                models,
-                scaler,
-                kl_coef=ppo.kl_coef,
-                config=ppo,
-                tokens_per_microbatch=config.train.tokens_per_microbatch,
-            )
+            with clock.phase("rollout"):
+                rollout = sample(session, policy, rows, step)
+            with clock.phase("scoring"):
+                experience, scaler = make_experience(
+                    rollout,
+                    models,
+                    scaler,
+                    kl_coef=ppo.kl_coef,
+                    config=ppo,
+                    tokens_per_microbatch=config.train.tokens_per_microbatch,
+                )
             generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
-            stats = update(None, critic, experience, None, settings, counter, generator)
+            with clock.phase("update"):
+                stats = update(None, critic, experience, None, settings, counter, generator)
             step += 1
-            session.log.step(step, config.train.steps, summary(experience) | stats)
+            statistics = rollout_statistics(experience)
+            session.log.step(step, config.train.steps, statistics.record() | stats)
             state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
-            end_step(session, step, {"critic": critic}, state, counter)
+            with clock.phase("checkpoint"):
+                end_step(session, step, {"critic": critic}, state, counter)
+            each = statistics.responses
+            work = iteration_work(shapes, each["tokens"], each["response_length"], ppo, trains=False)
+            session.log.timing(step, clock.record(work))
             if stats.get("value_loss", math.inf) < config.critic.stop_loss:
                 session.log.say(
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"

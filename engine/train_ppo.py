@@ -14,9 +14,10 @@ from ppomax.engine.data.order import Order
 from ppomax.engine.errors import CheckpointError, ConfigError
 from ppomax.engine.models.roles import Role, load_critic, load_role
 from ppomax.engine.ppo.evaluation import evaluate_policy
-from ppomax.engine.ppo.experience import Models, make_experience, make_scorer, summary
+from ppomax.engine.ppo.experience import Models, make_experience, make_scorer
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
 from ppomax.engine.ppo.scoring import RolloutScorer
+from ppomax.engine.ppo.statistics import rollout_statistics
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.ppo.update import UpdateSettings, update
 from ppomax.engine.rollout.generate import request_seeds
@@ -24,7 +25,8 @@ from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.watch import Ended
 from ppomax.engine.rollout_dump import write_rollouts
 from ppomax.engine.session import Session, end_step, export, is_due, open_session, sample, sample_held_out
-from ppomax.engine.steps import StepCounter
+from ppomax.engine.steps import StepCounter, parameter_norms
+from ppomax.engine.throughput import Shapes, iteration_work, phase_clock
 from ppomax.engine.trace import span
 
 
@@ -69,7 +71,8 @@ def run(config: RunConfig) -> None:
         held_out = _prompts(session, config.data.eval).rows[: config.monitor.eval_size] if config.data.eval else ()
         session.log.say(f"data.train: {prompts.summary()}")
         models = load_models(session)
-        trace = session.trace
+        trace, clock = session.trace, phase_clock(config, session.device, session.world_size)
+        shapes = Shapes(models.policy.shape, models.critic.shape, models.reference.shape, models.reward.shape)
         settings = UpdateSettings(ppo, config.optim, train.tokens_per_microbatch, trace)
         steps_per_iteration = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
         counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
@@ -90,23 +93,26 @@ def run(config: RunConfig) -> None:
         while state.step < train.steps:
             is_early = ppo.overlap_scoring > 0
             scorer = make_scorer(models, train.tokens_per_microbatch, is_early=is_early, trace=trace)
-            with span(trace, "rollout", is_here=models.policy.is_here):
+            with span(trace, "rollout", is_here=models.policy.is_here), clock.phase("rollout"):
                 rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
             models.policy.memory.release("weights")
-            experience, scaler = make_experience(
-                rollout,
-                models,
-                state.scaler,
-                kl_coef=state.kl.coef,
-                config=ppo,
-                tokens_per_microbatch=train.tokens_per_microbatch,
-                scorer=scorer,
-                trace=trace,
-            )
+            with clock.phase("scoring"):
+                experience, scaler = make_experience(
+                    rollout,
+                    models,
+                    state.scaler,
+                    kl_coef=state.kl.coef,
+                    config=ppo,
+                    tokens_per_microbatch=train.tokens_per_microbatch,
+                    scorer=scorer,
+                    trace=trace,
+                )
             generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.step)
             models.policy.memory.hold("weights")
-            stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
-            metrics = summary(experience) | stats | sampled
+            with clock.phase("update"):
+                stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
+            statistics = rollout_statistics(experience)
+            metrics = statistics.record() | stats | sampled
             metrics |= {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}
             state = replace(
                 state,
@@ -116,14 +122,20 @@ def run(config: RunConfig) -> None:
                 scaler=scaler,
                 kl=state.kl.update(metrics["kl"], ppo.rollout_size, ppo),
             )
+            if is_due(config.monitor.norms_every, state.step):
+                metrics |= parameter_norms([*trained.values()])
             session.log.step(state.step, train.steps, metrics)
             if session.log.is_writer and is_due(config.monitor.rollouts_every, state.step):
                 write_rollouts(session.log.folder, state.step, experience, session.tokenizer, config.monitor)
             is_last = state.step == train.steps
             if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
-                _evaluate(session, models, held_out, state.step)
-            with span(trace, "checkpoint"):
+                with clock.phase("evaluation"):
+                    _evaluate(session, models, held_out, state.step)
+            with span(trace, "checkpoint"), clock.phase("checkpoint"):
                 end_step(session, state.step, trained, state.to_json(), counter)
+            each = statistics.responses
+            work = iteration_work(shapes, each["tokens"], each["response_length"], ppo, trains=True)
+            session.log.timing(state.step, clock.record(work))
         export(session, models.policy, "hf")
         export(session, models.critic, "critic_hf")
 

@@ -99,6 +99,13 @@ def run_forward_backward(
     return sums
 
 
+def share_results(x: Tensor, groups: RoleGroups) -> None:
+    """Adds up what the replicas' last stages have of x, 0 where they have nothing; whole on every rank of the role
+    then. Collective over all ranks of the role.
+    """
+    dist.all_reduce(x, group=groups.results)
+
+
 def _finalize_grads(chunks: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
     """Megatron's, without its division by the number of tokens: the losses already carry global weights."""
     finalize_model_grads(chunks, None, **kwargs)

@@ -5,6 +5,7 @@ CUDA context, NCCL's buffers and what the allocator cannot use.
 """
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from ppomax.engine.errors import ConfigError
@@ -74,3 +75,10 @@ def find_gpu(name: str) -> Gpu:
         hint = f"did you mean {guess[0]}? " if guess else ""
         raise ConfigError(f"--gpu {name!r}: no figures for it; {hint}Known: {', '.join(GPUS)}")
     return gpu
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The GPU that a driver calls `device_name` ("NVIDIA A100-SXM4-80GB"); None where there are no figures for it."""
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    fitting = [gpu for gpu in GPUS.values() if words >= {re.sub(r"^(\d+)g$", r"\1gb", w) for w in gpu.name.split("-")}]
+    return max(fitting, key=lambda gpu: gpu.name.count("-"), default=None)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ppomax.engine.config import PpoConfig
@@ -12,10 +11,7 @@ from ppomax.engine.ppo.scoring import RolloutScorer, full_kl, token_logprobs
 from ppomax.engine.ppo.types import Experience, Rollout
 from ppomax.engine.trace import Trace, span
 from ppomax.kernels.experience import experience as token_experience
-from ppomax.kernels.numerics import clamped_log_ratio, exp_remainder
-
-NEAR_RATIOS = (0.5, 2.0)
-"""Ratios of trainer and sampler outside of these are counted; token importance sampling usually cuts them."""
+from ppomax.kernels.numerics import clamped_log_ratio
 
 
 @dataclass(frozen=True)
@@ -127,50 +123,3 @@ def sampler_weights(experience: Experience, config: PpoConfig) -> Tensor | None:
         return None
     log_ratio = clamped_log_ratio(experience.logprobs, experience.rollout.sampling_logprobs)
     return log_ratio.exp().clamp_max(config.rollout_correction_cap)
-
-
-def summary(experience: Experience) -> dict[str, float]:
-    """Metrics of one rollout over the global batch (ppo_max.md section 3): one host sync."""
-    rollout, mask = experience.rollout, experience.rollout.response_mask
-    num_tokens = mask.sum()
-    lengths = mask.sum(1).float()
-    mean_kl1 = (experience.logprobs - experience.ref_logprobs)[mask].mean()
-    nll, ref_nll = -experience.logprobs.sum() / num_tokens, -experience.ref_logprobs.sum() / num_tokens
-    residual = (experience.returns - experience.values)[mask]
-    returns = experience.returns[mask]
-    values = {
-        "reward": experience.scores.mean(),
-        "reward_std": experience.scores.std() if len(experience.scores) > 1 else experience.scores.new_zeros(()),
-        "kl": mean_kl1,
-        "kl_estimate": experience.kl[mask].mean(),
-        "response_length": lengths.mean(),
-        "response_length_max": lengths.max(),
-        "finished": rollout.finished.float().mean(),
-        "perplexity": nll.exp(),
-        "ref_perplexity": ref_nll.exp(),
-        "value_mean": experience.values[mask].mean(),
-        "return_mean": returns.mean(),
-        "advantage_mean": experience.advantages[mask].mean(),
-        "explained_variance": 1 - residual.var(correction=0) / returns.var(correction=0).clamp_min(1e-12),
-    }
-    if experience.logprobs is not rollout.sampling_logprobs:
-        # With ppo.old_logprobs = "rollout" there is nothing to compare here: first_step_kl (update.py) shows it.
-        values |= _sampler_mismatch(clamped_log_ratio(experience.logprobs, rollout.sampling_logprobs)[mask])
-    return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
-
-
-def _sampler_mismatch(log_ratio: Tensor) -> dict[str, Tensor]:
-    """What tells two copies of a policy apart, from log pi_trainer - log pi_sampler [K] of the sampled tokens.
-
-    sampler_mismatch_k3: estimate of KL(sampler || trainer), nats. sampler_ratio_outside: share of the ratios outside
-    NEAR_RATIOS. token_mult_prob_error: exp of the mean difference.
-    """
-    difference, ratio = log_ratio.abs(), log_ratio.exp()
-    low, high = NEAR_RATIOS
-    return {
-        "sampler_mismatch_mean": difference.mean(),
-        "sampler_mismatch_max": difference.max(),
-        "sampler_mismatch_k3": exp_remainder(log_ratio).mean(),
-        "sampler_ratio_outside": ((ratio < low) | (ratio > high)).float().mean(),
-        "token_mult_prob_error": difference.mean().exp(),
-    }

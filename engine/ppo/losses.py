@@ -51,10 +51,14 @@ class PolicyTargets:
 
 
 class PolicyObjective:
-    """Eq. 15 (or 14) plus entropy bonus plus Eq. 17's language-model term; see `parallel.pipeline.LossFunction`."""
+    """Eq. 15 (or 14) plus entropy bonus plus Eq. 17's language-model term; see `parallel.pipeline.LossFunction`.
+
+    log_ratios [K] float32: logprobs - old_logprobs of the tokens that this rank's loss has seen, 0 elsewhere.
+    """
 
     def __init__(self, policy: Role, targets: PolicyTargets, config: PpoConfig) -> None:
         self.policy, self.targets, self.config = policy, targets, config
+        self.log_ratios = torch.zeros_like(targets.old_logprobs)
 
     def __call__(self, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
         targets, config = self.targets, self.config
@@ -76,6 +80,8 @@ class PolicyObjective:
             penalty_beta=config.penalty_beta,
             lm_weights=config.ptx_coef * targets.ptx_weights[pack.index] if config.ptx_coef > 0 else None,
         )
+        log_ratios = clamped_log_ratio(result.logprobs.detach(), targets.old_logprobs[pack.index])
+        self.log_ratios[pack.index] = log_ratios.float()
         if config.importance_sampling:
             # The kernel's estimate is of the KL from the reference; ppo.target_kl is about the policy that sampled.
             log_ratio = clamped_log_ratio(result.logprobs, targets.rollout_logprobs[pack.index])

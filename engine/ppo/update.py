@@ -14,10 +14,11 @@ from ppomax.engine.config import OptimConfig, PpoConfig
 from ppomax.engine.data.batches import Rows, response_rows, unpad
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.models.roles import Role, role_packs
-from ppomax.engine.parallel.pipeline import run_forward_backward
+from ppomax.engine.parallel.pipeline import run_forward_backward, share_results
 from ppomax.engine.ppo.experience import kept_tokens, sampler_weights
 from ppomax.engine.ppo.losses import POLICY_METRICS, VALUE_METRICS, PolicyObjective, PolicyTargets, ValueObjective
 from ppomax.engine.ppo.scoring import token_logprobs
+from ppomax.engine.ppo.statistics import masked_quantiles, to_host
 from ppomax.engine.ppo.types import Experience, Rollout
 from ppomax.engine.steps import StepCounter, apply_gradients, dialogue_rows, zero_gradients
 from ppomax.engine.trace import Trace, span
@@ -25,6 +26,7 @@ from ppomax.kernels.whiten import masked_moments
 
 POLICY_SUMS = ("policy_objective", *POLICY_METRICS)
 VALUE_SUMS = ("value_objective", *VALUE_METRICS)
+RATIO_METRICS = ("ratio_min", "ratio_p01", "ratio_p99", "ratio_max", "effective_sample_fraction")
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,16 @@ def _epochs(
 ) -> dict[str, float]:
     config = settings.ppo
     collected: list[dict[str, float]] = []
+    ratios = Ratios()
     num_skipped = 0
     for _ in range(config.epochs):
         order = torch.randperm(len(experience.scores), generator=generator)
         for members in order.split(config.minibatch_size):
             batch = take(experience, members)
             dialogues = next(ptx) if ptx is not None else ()
-            stats = _step(policy, critic, batch, dialogues, settings, counter)
+            stats = _step(policy, critic, batch, dialogues, settings, counter, ratios)
             if stats is None:
-                return _means(collected, num_skipped)
+                return _means(collected, num_skipped) | _ratio_metrics(policy, ratios)
             if policy is not None and not collected:
                 # The weights are still those that sampled: what the ratio shows is the mismatch of old log-probs.
                 stats["first_step_kl"] = stats["approx_kl"]
@@ -88,7 +91,33 @@ def _epochs(
                 num_skipped += 1  # its metrics are not numbers
             else:
                 collected.append(stats)
-    return _means(collected, num_skipped)
+    return _means(collected, num_skipped) | _ratio_metrics(policy, ratios)
+
+
+class Ratios:
+    """What this rank's losses have seen of log pi - log pi_old, one [M * T] per minibatch, and where it counts."""
+
+    def __init__(self) -> None:
+        self.logs: list[Tensor] = []
+        self.masks: list[Tensor] = []
+
+
+def _ratio_metrics(policy: Role | None, ratios: Ratios) -> dict[str, float]:
+    """RATIO_METRICS over the tokens of all minibatches, those of skipped steps too: one exchange, one transfer.
+
+    effective_sample_fraction: (sum r)^2 / (n sum r^2). Every rank of the run must call it.
+    """
+    if policy is None:
+        return {}
+    found = torch.ones(len(RATIO_METRICS), dtype=torch.float64, device=policy.device)
+    if ratios.logs:
+        logs, mask = torch.cat(ratios.logs), torch.cat(ratios.masks)
+        share_results(logs, policy.groups)
+        low, first, last, high = masked_quantiles(logs, mask, (0.0, 0.01, 0.99, 1.0)).double().exp().unbind()
+        ratio = torch.where(mask, logs.double().exp(), 0.0)
+        found = torch.stack([low, first, last, high, ratio.sum() ** 2 / (mask.sum() * ratio.square().sum())])
+    policy.groups.give_to_all(found)
+    return dict(zip(RATIO_METRICS, to_host({"ratios": found})["ratios"], strict=True))
 
 
 def _step(
@@ -98,6 +127,7 @@ def _step(
     dialogues: Sequence[DialogueRow],
     settings: UpdateSettings,
     counter: StepCounter,
+    ratios: Ratios,
 ) -> dict[str, float] | None:
     """One optimizer step on one minibatch; None where ppo.target_kl ends the epochs before it.
 
@@ -110,7 +140,7 @@ def _step(
     trained: list[tuple[Role, float, tuple[str, ...], Tensor]] = []
     if policy is not None:
         with span(settings.trace, "policy gradients", is_here=policy.is_here):
-            sums = _policy_gradients(policy, batch, mask, weights, dialogues, settings)
+            sums = _policy_gradients(policy, batch, mask, weights, dialogues, settings, ratios)
         trained.append((policy, optim.lr, POLICY_SUMS, sums))
         policy.memory.prefetch("optimizer")  # it comes while the critic computes
     with span(settings.trace, "critic gradients", is_here=critic.is_here):
@@ -132,8 +162,9 @@ def _policy_gradients(
     weights: Tensor,
     dialogues: Sequence[DialogueRow],
     settings: UpdateSettings,
+    ratios: Ratios,
 ) -> Tensor:
-    """The sums of POLICY_SUMS [K] float64 on the ranks of the policy, zeros elsewhere."""
+    """The sums of POLICY_SUMS [K] float64 on the ranks of the policy, zeros elsewhere. ratios: gets this one's."""
     if not policy.is_here:
         return torch.zeros(len(POLICY_SUMS), dtype=torch.float64, device=policy.device)
     config = settings.ppo
@@ -158,7 +189,10 @@ def _policy_gradients(
     policy.memory.wait()
     zero_gradients(policy)
     objective = PolicyObjective(policy, targets, config)
-    return run_forward_backward(policy.modules, policy.groups, packs, objective, len(POLICY_METRICS))
+    sums = run_forward_backward(policy.modules, policy.groups, packs, objective, len(POLICY_METRICS))
+    ratios.logs.append(objective.log_ratios[:num_columns])
+    ratios.masks.append(mask.flatten())
+    return sums
 
 
 def _critic_gradients(critic: Role, batch: Experience, weights: Tensor, settings: UpdateSettings) -> Tensor:

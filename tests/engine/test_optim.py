@@ -18,6 +18,7 @@ from ppomax.engine.optim import FlatAdamW, clip_and_step, learning_rate_factor, 
 from ppomax.engine.parallel.device import start
 from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
+from ppomax.engine.steps import parameter_norms
 
 VECTORS = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "ppo_max_vectors.safetensors"
 
@@ -151,7 +152,7 @@ def test_steps_equal_torchs_adamw_and_clipping(dtype: str, weight_decay: float) 
             twins[name].grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(twins.values(), 5.0 + 10 * seed)
         theirs.step()
-        assert step([role], max_norm=5.0 + 10 * seed, joint=True) == pytest.approx([float(norm)], rel=1e-6)
+        assert step([role], max_norm=5.0 + 10 * seed, joint=True) == pytest.approx([float(norm)] * 2, rel=1e-6)
         for name, parameter in role.stage.named_parameters():
             wanted = twins[name].detach()
             if dtype == "fp32":
@@ -246,14 +247,23 @@ def test_a_step_reads_the_norms_once_and_when_everything_is_launched(
     assert events == ["copy", "adamw_step", "adamw_step", "read"]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_norm_of_the_weights_counts_each_once(dtype: str) -> None:
+    roles = trained_roles("policy", "critic", dtype=dtype)
+    found = parameter_norms(roles)
+    for role in roles:
+        weights = torch.cat([parameter.detach().double().flatten() for parameter in role.stage.parameters()])
+        assert found[f"parameter_norm_{role.name}"] == pytest.approx(float(weights.norm()), rel=1e-6)
+
+
 def test_a_joint_clip_keeps_the_ratio_of_both_models(roles: list[Role]) -> None:
     joint = math.hypot(*NORMS)
-    assert step(roles, max_norm=0.1, joint=True) == pytest.approx([joint], rel=1e-6)
+    assert step(roles, max_norm=0.1, joint=True) == pytest.approx([*NORMS, joint], rel=1e-6)
     assert [used_norm(role) for role in roles] == pytest.approx([0.1 * norm / joint for norm in NORMS], rel=1e-4)
 
 
 def test_separate_clips_limit_each_model(roles: list[Role]) -> None:
-    assert step(roles, max_norm=0.5, joint=False) == pytest.approx(NORMS, rel=1e-6)
+    assert step(roles, max_norm=0.5, joint=False) == pytest.approx([*NORMS, math.hypot(*NORMS)], rel=1e-6)
     assert [used_norm(role) for role in roles] == pytest.approx([min(norm, 0.5) for norm in NORMS], rel=1e-4)
 
 

@@ -13,10 +13,11 @@ from ppomax.engine.models.roles import as_scalar, make_role, random_reader, role
 from ppomax.engine.models.shape import shape_from_init
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.ppo import update as ppo_update
-from ppomax.engine.ppo.experience import Models, kept_tokens, make_experience, sampler_weights, summary
+from ppomax.engine.ppo.experience import Models, kept_tokens, make_experience, sampler_weights
 from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.scoring import token_logprobs, token_values
-from ppomax.engine.ppo.update import UpdateSettings, take, update
+from ppomax.engine.ppo.statistics import rollout_statistics
+from ppomax.engine.ppo.update import Ratios, UpdateSettings, take, update
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.steps import StepCounter, language_model_gradients
 
@@ -79,7 +80,8 @@ def gradient(role):
 def policy_gradient(models, experience, config, dialogues=()):
     mask = kept_tokens(experience.rollout, config)
     weights = mask.float() / mask.sum().clamp_min(1)
-    sums = ppo_update._policy_gradients(models.policy, experience, mask, weights, dialogues, settings_for(config))
+    settings = settings_for(config)
+    sums = ppo_update._policy_gradients(models.policy, experience, mask, weights, dialogues, settings, Ratios())
     return dict(zip(ppo_update.POLICY_SUMS, sums.tolist(), strict=True)), gradient(models.policy)
 
 
@@ -222,7 +224,9 @@ def test_losses_and_gradients_do_not_depend_on_the_microbatch(models, rollout, t
     expected, expected_gradient = policy_gradient(models, experience, BASE)
     weights = rollout.response_mask.float() / rollout.response_mask.sum()
     settings = UpdateSettings(BASE, RunConfig().optim, tokens_per_microbatch)
-    sums = ppo_update._policy_gradients(models.policy, experience, rollout.response_mask, weights, (), settings)
+    sums = ppo_update._policy_gradients(
+        models.policy, experience, rollout.response_mask, weights, (), settings, Ratios()
+    )
     stats = dict(zip(ppo_update.POLICY_SUMS, sums.tolist(), strict=True))
     assert stats == pytest.approx(expected, rel=1e-5, abs=1e-7)
     assert torch.allclose(gradient(models.policy), expected_gradient, atol=1e-6)
@@ -256,7 +260,7 @@ def test_target_kl_ends_the_epochs_before_the_step(models, rollout):
     config = BASE.model_copy(update={"target_kl": 0.01, "epochs": 3})
     stats = update(models.policy, models.critic, far, None, settings_for(config), counter, torch.Generator())
     assert counter.step == 0
-    assert stats == {"optimizer_steps": 0.0, "skipped_steps": 0.0}
+    assert (stats["optimizer_steps"], stats["skipped_steps"], stats["ratio_p99"]) == (0, 0, pytest.approx(math.e))
 
 
 def test_target_kl_is_about_the_policy_that_sampled_under_importance_sampling_too(models, rollout):
@@ -302,12 +306,31 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(models, rollout):
 
 def test_summary_reports_the_mean_k1_kl_and_the_true_perplexity(models, rollout):
     experience = experience_of(rollout, models)
-    metrics = summary(experience)
+    metrics = rollout_statistics(experience).metrics
     mask = rollout.response_mask
     assert metrics["kl"] == pytest.approx((experience.logprobs - experience.ref_logprobs)[mask].mean().item(), rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(-experience.logprobs[mask].mean().item()), rel=1e-5)
     assert metrics["sampler_mismatch_max"] < 5e-5
     assert metrics["sampler_mismatch_mean"] < 2e-6
+
+
+def test_ratio_tails_are_those_of_all_tokens_of_all_minibatches(models, rollout):
+    """One minibatch, one step: the weights that the ratios are of are still those of the rollout."""
+    experience = experience_of(rollout, models)
+    mask = rollout.response_mask
+    shift = torch.linspace(-1, 2, mask.numel()).view_as(mask) * mask
+    shifted = replace(experience, old_logprobs=experience.logprobs - shift)
+    config = BASE.model_copy(update={"minibatch_size": 6})
+    stats = update(
+        models.policy, models.critic, shifted, None, settings_for(config), StepCounter(0, 9, 0), torch.Generator()
+    )
+    ratio = shift[mask].double().exp()
+    assert stats["ratio_min"] == pytest.approx(float(ratio.min()), rel=1e-4)
+    assert stats["ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-4)
+    assert stats["ratio_p99"] == pytest.approx(float(shift[mask].quantile(0.99).exp()), rel=1e-4)
+    fraction = float(ratio.sum() ** 2 / (len(ratio) * ratio.square().sum()))
+    assert stats["effective_sample_fraction"] == pytest.approx(fraction, rel=1e-4)
+    assert math.hypot(stats["grad_norm_policy"], stats["grad_norm_critic"]) == pytest.approx(stats["grad_norm"])
 
 
 def test_a_score_that_is_not_finite_stays_out_of_the_moments():
@@ -320,7 +343,7 @@ def test_a_score_that_is_not_finite_stays_out_of_the_moments():
 def test_the_samplers_own_logprobs_are_compared_in_the_first_step(models, rollout):
     config = BASE.model_copy(update={"old_logprobs": "rollout"})
     experience = experience_of(rollout, models, config)
-    assert "sampler_mismatch_max" not in summary(experience)
+    assert "sampler_mismatch_max" not in rollout_statistics(experience).metrics
     counter = StepCounter(0, 10, 0)
     stats = update(models.policy, models.critic, experience, None, settings_for(config), counter, torch.Generator())
     assert 0 <= stats["first_step_kl"] < 1e-8
@@ -336,7 +359,7 @@ def test_summary_measures_how_far_sampler_and_trainer_are_apart(models, rollout)
     difference = torch.zeros(mask.shape)
     columns = mask[0].nonzero().squeeze(1)
     difference[0, columns[0]], difference[0, columns[1]] = math.log(3), -0.5
-    metrics = summary(experience_of(off_by(rollout, difference), models))
+    metrics = rollout_statistics(experience_of(off_by(rollout, difference), models)).metrics
     num_tokens = int(mask.sum())
     assert metrics["sampler_mismatch_mean"] == pytest.approx((math.log(3) + 0.5) / num_tokens, abs=1e-5)
     assert metrics["sampler_mismatch_max"] == pytest.approx(math.log(3), abs=1e-4)
