@@ -44,6 +44,7 @@ TOOLS = {
     "generate": "responses of a model to a file of prompts, one JSON row each; also under torchrun",
     "chat": "talk to a model in this terminal",
     "plan": "memory per GPU and predicted time of a stage, before launch: does it fit, what to change; no GPU needed",
+    "doctor": "is this environment ready? versions, GPUs, network, folders; under torchrun all ranks and links",
     "convert": "Hugging Face to Megatron and back, inspect, verify, reshard, weight diffs (`ppomax convert --help`)",
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
@@ -62,7 +63,7 @@ SECONDS_FOR_THE_FIRST_RANK = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `ppomax ARGV...` and returns its exit code; argv is None for the process's own arguments."""
     try:
-        _dispatch(list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except RunStopped as reason:
         sys.stderr.write(_prefixed(f"ppomax: {reason}\n"))
         return 0
@@ -79,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         _report(peer)
         return peer.exit_code
-    return 0
 
 
 def exit_codes() -> str:
@@ -95,7 +95,8 @@ def exit_codes() -> str:
     return "\n".join(["Exit codes", *(f"  {code:>3}  {meaning}" for code, meaning in rows), "", note])
 
 
-def _dispatch(argv: list[str]) -> None:
+def _dispatch(argv: list[str]) -> int:
+    """Runs a command; returns the exit code of one that ends without an error."""
     # megatron-core reports at import each optional accelerator that it does without.
     warnings.filterwarnings("ignore", module="megatron")
     command, *rest = argv or ["help"]
@@ -115,6 +116,10 @@ def _dispatch(argv: list[str]) -> None:
         from ppomax.tools.plan import main as plan
 
         plan(rest)
+    elif command == "doctor":
+        from ppomax.tools.doctor import main as doctor
+
+        return doctor(rest)
     elif command == "convert":
         from ppomax.tools.convert import main as convert
 
@@ -143,6 +148,7 @@ def _dispatch(argv: list[str]) -> None:
         guess = difflib.get_close_matches(command, [*STAGES, *TOOLS], n=1)
         hint = f"did you mean {guess[0]}?" if guess else f"expected one of {', '.join([*STAGES, *TOOLS])}"
         raise ConfigError(f"{command!r}: no such command; {hint}")
+    return 0
 
 
 def _stage(command: str, argv: list[str]) -> None:
