@@ -13,6 +13,7 @@ FOLDERS = (
     "engine/plan",
     "engine/rollout",
     "engine/ppo",
+    "engine/judge",
     "tools",
 )
 

@@ -43,6 +43,7 @@ STAGES = {
 TOOLS = {
     "generate": "responses of a model to a file of prompts, one JSON row each; also under torchrun",
     "chat": "talk to a model in this terminal",
+    "compare": "win / tie / lose of two models by a reward model, a chat endpoint or people (`ppomax compare --help`)",
     "plan": "memory per GPU and predicted time of a stage, before launch: does it fit, what to change; no GPU needed",
     "doctor": "is this environment ready? versions, GPUs, network, folders; under torchrun all ranks and links",
     "convert": "Hugging Face to Megatron and back, inspect, verify, reshard, weight diffs (`ppomax convert --help`)",
@@ -112,6 +113,10 @@ def _dispatch(argv: list[str]) -> int:
         from ppomax.tools.chat import main as chat
 
         chat(rest)
+    elif command == "compare":
+        from ppomax.tools.compare import main as compare
+
+        compare(rest)
     elif command == "plan":
         from ppomax.tools.plan import main as plan
 

@@ -13,8 +13,9 @@ MODELS_READ: dict[str, tuple[str, ...]] = {
     "ppo": ("policy", "reward", "critic", "reference"),
     "evaluate": ("policy", "reward", "reference"),
     "generate": ("policy",),
+    "score": ("reward",),
 }
-"""The folders of [model] that a stage reads, and those of `generate` and `chat`."""
+"""The folders of [model] that a stage reads, those of `generate` and `chat`, and that of commands which score."""
 
 MODELS_NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("critic", "ppo", "evaluate"), ("policy", "reward"))
 """Those without which it cannot run; the others have a default."""
@@ -24,7 +25,7 @@ def roles_in_use(config: RunConfig, command: str) -> tuple[str, ...]:
     """The roles that a stage runs: those whose layouts matter."""
     if command in ("sft", "generate"):
         return ("policy",)
-    if command == "reward":
+    if command in ("reward", "score"):
         return ("reward",)
     reference, policy = config.model.reference, config.model.policy
     has_reference = {"critic": reference not in ("", policy), "evaluate": reference != ""}.get(command, True)
@@ -40,7 +41,7 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
     """One text per fault: what does not go together, or is missing, in this stage."""
     data, model, ppo, sampling, train = config.data, config.model, config.ppo, config.sampling, config.train
     samples = command in ("critic", "ppo", "evaluate", "generate")
-    evaluates = command == "evaluate" or (command != "critic" and config.monitor.eval_every > 0)
+    evaluates = command == "evaluate" or (command not in ("critic", "score") and config.monitor.eval_every > 0)
     roles = roles_in_use(config, command)
     placed = [f"parallel.{role}" for role in roles if not getattr(config.parallel, role).is_everywhere]
     epochs = {"sft": config.sft.epochs, "reward": config.reward.epochs}.get(command, 0.0)
@@ -53,7 +54,7 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
             not (model.tokenizer or model.policy or model.reward or model.critic)
         ),
         f"data.train is empty: {command} has nothing to learn from; set data.train to a file or a list of files": (
-            command not in ("evaluate", "generate") and not data.train
+            command not in ("evaluate", "generate", "score") and not data.train
         ),
         "data.eval is empty, but held-out rows are to be evaluated; set data.eval (or monitor.eval_every = 0)": (
             evaluates and not data.eval
@@ -109,7 +110,7 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         ),
         f"model.init.max_position_embeddings {model.init.max_position_embeddings} is shorter than data.max_length "
         f"{data.max_length}; raise the one or lower the other": (
-            not samples and not model.policy and model.init.max_position_embeddings < data.max_length
+            not (samples or command == "score" or model.policy) and model.init.max_position_embeddings < data.max_length
         ),
     }
     return [fault for fault, holds in checks.items() if holds]

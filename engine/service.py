@@ -80,6 +80,7 @@ class Service:
         self._lock = threading.Lock()
         self._next_slot = self._held_until = 0.0
         self._jitter = random.Random(0)
+        self._open: set[http.client.HTTPConnection] = set()
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON that answers a JSON body.
@@ -102,7 +103,10 @@ class Service:
         )
 
     def stop(self) -> None:
+        """Ends all waiting, for a turn and for answers; requests that are under way fail."""
         self._stopping.set()
+        for connection in list(self._open):
+            _hang_up(connection)
 
     def _wait_for_slot(self) -> None:
         """Waits for the rate limit, and while the service has asked for a pause."""
@@ -167,9 +171,7 @@ class Service:
         def give_up() -> None:
             # A socket's own time-out starts anew with every byte, so a slow service could hold a request for ever.
             is_late.set()
-            if connection.sock is not None:
-                with contextlib.suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            _hang_up(connection)
 
         timer = threading.Timer(self.config.timeout_seconds, give_up)
         timer.daemon = True
@@ -177,6 +179,7 @@ class Service:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+        self._open.add(connection)
         try:
             connection.request("POST", target, data, headers)
             response = connection.getresponse()
@@ -185,6 +188,7 @@ class Service:
             raise TimeoutError if is_late.is_set() or time.monotonic() > deadline else error from None
         finally:
             timer.cancel()
+            self._open.discard(connection)
             connection.close()
         if is_late.is_set():
             raise TimeoutError
@@ -228,6 +232,13 @@ class Service:
 @dataclass(frozen=True)
 class _Answer:
     value: Any
+
+
+def _hang_up(connection: http.client.HTTPConnection) -> None:
+    """Makes a thread that waits on this connection fail."""
+    if connection.sock is not None:
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _checked_url(url: str) -> urllib.parse.SplitResult:

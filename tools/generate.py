@@ -149,7 +149,7 @@ class Writer:
         """Collective over the world."""
         with raise_on_all(ConfigError, self.failure):
             if self.file is not None:
-                self.file.writelines(_json_line(row) for row in rows)
+                self.file.writelines(json_line(row) for row in rows)
                 self.file.flush()
 
     def finish(self) -> None:
@@ -160,7 +160,7 @@ class Writer:
                 os.rename(_partial(self.path), self.path)
 
 
-def _json_line(row: dict[str, Any]) -> str:
+def json_line(row: dict[str, Any]) -> str:
     """One line of JSON: text as it is but for characters that a terminal would obey, which JSON can escape."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     if text.isprintable():

@@ -1,4 +1,4 @@
-"""What `ppomax generate` and `ppomax chat` share: a model outside of a stage, and the text of its responses."""
+"""What commands share that use a model outside of a stage: its configuration, the ranks, the text of its responses."""
 
 import contextlib
 import os
@@ -66,17 +66,40 @@ def inference_config(model: str, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
+def score_config(model: str, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of a reward model's folder, checked as in inference_config; data.max_length is its context."""
+    context = read_shape(model).max_position_embeddings
+    config = load_config(None, [f"data.max_length={context}", *overrides, f"model.reward={model}"], command="score")
+    check_layout(config, int(os.environ.get("WORLD_SIZE", "1")), ("reward",))
+    check_paths(config, "score")
+    check_models(config, "score")
+    return config
+
+
 def load_template(config: RunConfig) -> Template:
-    """The template of an inference_config, for its tokenizer."""
-    return make_template(config.data, load_tokenizer(config.model.tokenizer or config.model.policy))
+    """The template of an inference_config or a score_config, for its tokenizer."""
+    model = config.model
+    return make_template(config.data, load_tokenizer(model.tokenizer or model.policy or model.reward))
 
 
 @contextlib.contextmanager
 def open_model(config: RunConfig, template: Template) -> Iterator[Model]:
     """Loads the model of an inference_config and leaves the process group at the end. Every rank must call it."""
+    with joined_ranks(config):
+        yield load_model(config, template)
+
+
+def load_model(config: RunConfig, template: Template) -> Model:
+    """The model of an inference_config, within joined_ranks. Every rank must call it."""
+    return Model(config, load_role("policy", config.model.policy, config, role_groups(config)["policy"]), template)
+
+
+@contextlib.contextmanager
+def joined_ranks(config: RunConfig) -> Iterator[None]:
+    """The ranks of this run are one process group until the end of the body. Every rank must call it."""
     start(config.parallel.timeout_seconds, agreed=settings(config))
     try:
-        yield Model(config, load_role("policy", config.model.policy, config, role_groups(config)["policy"]), template)
+        yield
     except BaseException:
         # As in a stage: peers may wait in a collective, and leaving the group could wait for them in turn.
         if dist.get_world_size() == 1:

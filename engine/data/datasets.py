@@ -148,14 +148,23 @@ def load_pairs(data: DataConfig, sources: Sequence[DataSource], template: Templa
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
         _check_same_context(turns, rejected)
-        responses = [template.encode_response(side[-1].text) for side in (turns, rejected)]
-        longest = max(len(response) for response in responses)
-        kept = _fit(turns[:-1], lambda turns: len(template.encode_prompt(turns)) + longest, data.max_length)
-        prompt = template.encode_prompt(kept)
-        chosen, rejected_tokens = (tuple(prompt + response) for response in responses)
-        return PairRow(chosen, rejected_tokens, len(prompt), kept, source, line)
+        one, other = (template.encode_response(side[-1].text) for side in (turns, rejected))
+        prompt, kept = fit_pair(turns[:-1], one, other, template, max_tokens=data.max_length)
+        return PairRow((*prompt, *one), (*prompt, *other), len(prompt), kept, source, line)
 
     return _load(data, sources, ("hh", "pairs"), build, with_rejected=True)
+
+
+def fit_pair(
+    prompt: Turns, one: Sequence[int], other: Sequence[int], template: Template, *, max_tokens: int
+) -> tuple[tuple[int, ...], Turns]:
+    """Prompt ids with which either response has at most max_tokens, and the turns that they spell.
+
+    Raises DataError where the longer one does not fit with one turn left.
+    """
+    longest = max(len(one), len(other))
+    kept = _fit(prompt, lambda turns: len(template.encode_prompt(turns)) + longest, max_tokens)
+    return tuple(template.encode_prompt(kept)), kept
 
 
 def load_dialogues(data: DataConfig, sources: Sequence[DataSource], template: Template) -> Dataset[DialogueRow]:

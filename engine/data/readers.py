@@ -127,6 +127,12 @@ def parse(value: Any, format: Format, *, with_rejected: bool) -> tuple[Turns, Tu
     return _side(value, name, format), _side(value, "rejected", format) if with_rejected else None
 
 
+def read_category(value: Any) -> str:
+    """The text under "category" of a row (helpful, harmless, ...), by which evaluations are split; "" without one."""
+    category = value.get("category") if isinstance(value, dict) else None
+    return category if isinstance(category, str) else ""
+
+
 def _side(row: dict[str, Any], name: str, format: Format) -> Turns:
     """Turns of a field that holds text (hh), turns (pairs, sft) or either (prompts)."""
     value = row.get(name)

@@ -293,7 +293,7 @@ def test_a_special_token_can_be_a_stop_text(tokenizer):
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_a_row_is_one_line_without_anything_that_a_terminal_obeys(text):
-    line = tool._json_line({"response": text})
+    line = tool.json_line({"response": text})
     assert line.index("\n") == len(line) - 1
     assert printable(line) == line
     assert json.loads(line) == {"response": text}
