@@ -38,7 +38,7 @@ from ppomax.engine.rollout.candidates import best_of
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.vllm_backend import VllmBackend
 from ppomax.engine.rollout.watch import MakeWatch
-from ppomax.engine.steps import StepCounter
+from ppomax.engine.steps import StepCounter, require_finite_weights
 from ppomax.engine.trace import Trace
 
 TRAINING_STAGES = ("sft", "reward", "critic", "ppo")
@@ -157,6 +157,7 @@ def end_step(
     config = session.config
     asked = session.stop.agreed()
     if asked or is_due(config.checkpoint.every, step):
+        require_finite_weights(roles.values(), counter)
         path = save_checkpoint(checkpoint_folder(config), step, roles, state, keep=config.checkpoint.keep)
         counter.last_good = str(path)
     if asked:

@@ -31,8 +31,8 @@ def run(config: RunConfig) -> None:
         order = dataset.order(train.seed)
         counter = StepCounter(0, num_steps, train.max_skipped_steps)
         if session.resume:
-            counter.step = load_checkpoint(session.resume, {"policy": policy})["step"]
-            counter.last_good = str(session.resume)
+            state = load_checkpoint(session.resume, {"policy": policy})
+            counter.resume(state["step"], state.get("skipped", 0), session.resume)
         while counter.step < num_steps:
             rows = dataset.take(order, counter.step * train.batch_size, train.batch_size)
             loss = language_model_gradients(policy, rows, train.tokens_per_microbatch)
@@ -42,7 +42,8 @@ def run(config: RunConfig) -> None:
             if held_out and (is_last or is_due(config.monitor.eval_every, counter.step)):
                 loss = held_out_loss(policy, held_out, train.tokens_per_microbatch)
                 session.log.evaluation(counter.step, {"loss": loss})
-            end_step(session, counter.step, {"policy": policy}, {"step": counter.step}, counter)
+            state = {"step": counter.step, "skipped": counter.skipped}
+            end_step(session, counter.step, {"policy": policy}, state, counter)
         export(session, policy, "hf")
 
 
