@@ -88,7 +88,9 @@ def _run_tree(run: Run, budget: int, number: int) -> dict[str, Any]:
     records = run.records if last is None else [*run.records, last]
     if last is None and run.tail:
         notes.append("the last line of metrics.jsonl has no end: the run is writing, or was killed while it wrote")
-    stage = main_kind(records)
+    stage = main_kind(records) if records else ""
+    if not records:
+        notes.append("no record yet")
     dumps = rollout_files(run.folder)
     rollouts, left_out = _read_rollouts(dumps, budget, notes)
     samples = _read_samples(run, notes)
@@ -248,7 +250,7 @@ def _steps_of(config: dict[str, Any] | None, stage: str) -> int:
     """Iterations the run is to make, 0 where they follow from its epochs."""
     train = (config or {}).get("train")
     steps = train.get("steps") if isinstance(train, dict) else None
-    return steps if isinstance(steps, int) and stage != "evaluation" else 0
+    return steps if isinstance(steps, int) and stage not in ("", "evaluation") else 0
 
 
 def _name(folder: Path, number: int) -> str:

@@ -45,13 +45,13 @@ function allMetrics(data, view) {
     const groups = data.groups
       .map((group) => ({ ...group, charts: group.charts.filter((one) => one.title.includes(view.search)) }))
       .filter((group) => group.charts.length);
-    fill(body, groups.map((group) => el("details", { class: "group", open: view.search !== "" || !view.closed.has(group.title),
+    fillWithCharts(body, groups.map((group) => el("details", { class: "group", open: view.search !== "" || !view.closed.has(group.title),
       ontoggle: (event) => { if (!view.search) view.closed[event.target.open ? "delete" : "add"](group.title); } },
       el("summary", {}, group.title, el("small", {}, ` ${group.charts.length}`)), grid(data, group.charts, view))));
-    if (!groups.length) fill(body, el("p", { class: "muted" }, "No metric has this text in its name."));
+    if (!groups.length) fillWithCharts(body, el("p", { class: "muted" }, "No metric has this text in its name."));
   };
   show();
-  const search = el("input", { type: "search", placeholder: "find a metric", "aria-label": "find a metric", value: view.search,
+  const search = el("input", { id: "search", type: "search", placeholder: "find a metric", "aria-label": "find a metric", value: view.search,
     oninput: (event) => { view.search = event.target.value.trim(); show(); } });
   return [search, body];
 }
