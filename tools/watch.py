@@ -108,7 +108,8 @@ def _state(run: Run) -> list[Any]:
             stamps.append((path.name, status.st_mtime_ns, status.st_size))
         except OSError:
             continue
-    return [run.inode, run.position, len(run.tail), run.num_lines, stamps, list(rollout_files(run.folder))]
+    places = [(one.inode, one.position, one.tail) for one in (run.metrics, run.timing)]
+    return [places, stamps, list(rollout_files(run.folder))]
 
 
 class _Server(ThreadingHTTPServer):

@@ -1,6 +1,7 @@
 // Groups of charts, reward histograms, time by phase, and samples side by side.
 
-const RUN_DASHES = { main: null, ref: "5 3" };
+const DASHES = [null, "5 3", "2 2", "9 3 2 3", "1 3"];
+const TONES = [0, 2, 3, 4, 5, 6, 7];
 
 /** Lines of one chart: each run's stage and held-out evaluations, each metric of the chart. */
 function linesOf(data, metrics) {
@@ -13,8 +14,9 @@ function linesOf(data, metrics) {
         if (!curve) continue;
         const isHeldOut = kind === "evaluation";
         const label = [isOne ? null : run.name, metric, isHeldOut ? "held out" : null].filter(Boolean).join(", ");
-        const tone = isOne ? (isHeldOut ? 1 : m ? 2 : 0) : number;
-        lines.push({ label, curve, color: color(tone), dash: m ? RUN_DASHES.ref : RUN_DASHES.main, dots: isHeldOut });
+        const tone = isOne ? (isHeldOut ? 1 : TONES[m % TONES.length]) : number;
+        const dash = DASHES[isOne ? Number(metric.startsWith("ref_")) : m % DASHES.length];
+        lines.push({ label, curve, color: color(tone), dash, dots: isHeldOut });
       }
     });
   });

@@ -39,7 +39,7 @@ function fact(name, value, kind = "") {
 
 /** One run: first and last values with the extremes. Several: the last value of each. */
 function finals(runs) {
-  const stage = (run) => run.curves[run.stage] || {};
+  const stage = (run) => ({ ...run.curves[run.stage], ...run.curves.timing });
   const names = [...new Set(runs.flatMap((run) => Object.keys(stage(run))))];
   if (!names.length) return null;
   if (runs.length > 1)
