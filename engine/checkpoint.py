@@ -1,79 +1,57 @@
-"""Checkpoints of a running stage: models and optimizers through Megatron's distributed checkpoints, the rest as JSON.
+"""What a checkpoint of a running stage holds of its roles: saved, and loaded under any layout.
 
-A checkpoint is a folder `step_N` with one distributed checkpoint per trained role and `state.json`. It is written
-beside its final name and renamed when it is whole, so a folder with that name is always complete. Any layout can load
-what another one saved.
+A checkpoint is a folder `step_N` with one distributed checkpoint of Megatron per trained role, `state.json` and
+`manifest.json`. `checkpoint_saver.py` writes it, `checkpoint_folders.py` publishes it, `checkpoint_verify.py` finds and
+verifies the one to go on from.
 """
 
-import json
-import os
-import queue
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ppomax.engine.checkpoint_state import FORMAT, read_state
+from ppomax.engine.checkpoint_verify import VerifiedCheckpoint
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.pickled_records import read_metadata_pickle
 from ppomax.engine.models.roles import Role
+from ppomax.engine.models.save_plan import SavePlanOfRole, plan_save
 from ppomax.engine.parallel.collectives import raise_on_all
 
+SHARDING = "fully_reshardable"
+"""Megatron's default sharding of the optimizer cannot be saved in 0.16; this one loads under any layout."""
 
-def save_checkpoint(folder: str, step: int, roles: Mapping[str, Role], state: Mapping[str, Any], *, keep: int) -> Path:
-    """Writes `folder`/step_N and removes all but the newest `keep`. Collective over all ranks.
 
-    roles: the trained ones. state: what JSON can hold, the same on every rank. Returns the checkpoint's path.
+def plan_role(role: Role, folder: Path, *, check: bool) -> SavePlanOfRole:
+    """What each rank writes of a role. Its weights and optimizer state must be held. Collective over all ranks.
+
+    check: see `plan_save`.
     """
-    final = Path(folder) / f"step_{step:08d}"
-    partial = final.with_name(f".{final.name}.partial")
-    with raise_on_all(CheckpointError, f"cannot write the checkpoint {final}"):
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            for name in roles:
-                (partial / name).mkdir(parents=True)
-    # Megatron would start a server for this queue, a process per rank that outlives a rank that is killed and keeps its
-    # output open: only asynchronous saves share the queue with another process.
-    filesystem_async._results_queue = queue.Queue()
-    for name, role in roles.items():
-        with role.memory.resident("weights", "optimizer"):
-            state_dict = _sharded_state(role, loading=False)
-            # What is not split, rank 0 writes: also where the role is not on it.
-            _, common = extract_sharded_base(state_dict)
-            common = role.groups.give_object_to_all(common)
-            dist_checkpointing.save(
-                state_dict if role.is_here else common,
-                str(partial / name),
-                content_metadata={"distrib_optim_sharding_type": "fully_reshardable"},
-            )
-    with raise_on_all(CheckpointError, f"cannot write the checkpoint {final}"):
-        if dist.get_rank() == 0:
-            shapes = {name: asdict(role.shape) for name, role in sorted(roles.items())}
-            content = {"format": FORMAT, "step": step, "roles": shapes, "state": dict(state)}
-            (partial / "state.json").write_text(json.dumps(content, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
-    return final
+    state = _sharded_state(role, loading=False)
+    # What is not split, rank 0 writes: also where the role is not on it.
+    _, common = extract_sharded_base(state)
+    common = role.groups.give_object_to_all(common)
+    content_metadata = {"distrib_optim_sharding_type": SHARDING}
+    return plan_save(state if role.is_here else common, folder, content_metadata, check=check)
 
 
-def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, Any]:
-    """Fills the roles' weights and optimizers from a checkpoint of any layout; returns its state. Collective over all
-    ranks.
+def load_checkpoint(checkpoint: VerifiedCheckpoint, roles: Mapping[str, Role]) -> dict[str, Any]:
+    """Fills the roles' weights and optimizers from a checkpoint of any layout; returns the content of its state.json.
+    Collective over all ranks.
     """
-    path = Path(path)
+    path = checkpoint.path
     with raise_on_all(CheckpointError, f"cannot load the checkpoint {path}"):
         content = read_state(path)
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {path}: format {content['format']}, expected {FORMAT}: an earlier version of ppomax wrote "
+                "it; resume it with that version, or start from its weights (ppomax convert megatron-to-hf)"
+            )
         missing = sorted(set(roles) - set(content["roles"]))
         if missing:
             raise CheckpointError(
@@ -86,7 +64,7 @@ def load_checkpoint(path: str | Path, roles: Mapping[str, Role]) -> dict[str, An
     for name, role in roles.items():
         with role.memory.resident("weights", "optimizer"):
             _load_role(path / name, role)
-    return content["state"]
+    return content
 
 
 def _load_role(path: Path, role: Role) -> None:
@@ -107,31 +85,11 @@ def _load_role(path: Path, role: Role) -> None:
         role.optimizer.load_state_dict(loaded["optimizer"])
 
 
-def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest first."""
-    found = [path for path in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{8}", path.name)]
-    return sorted(path for path in found if (path / "state.json").is_file())
-
-
-def find_checkpoint(resume: str, folder: str) -> Path | None:
-    """What `train.resume` names: "never" and "auto" without a checkpoint give None, a path must exist."""
-    if resume == "never":
-        return None
-    if resume == "auto":
-        found = list_checkpoints(folder)
-        return found[-1] if found else None
-    path = Path(resume)
-    if not (path / "state.json").is_file():
-        raise CheckpointError(f"train.resume = {resume!r}: no state.json there; give a step_N folder, auto or never")
-    return path
-
-
 def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
     """What Megatron saves and loads of a role; nothing on the ranks that are not the role's."""
     if not role.is_here:
         return {}
-    # Megatron's default sharding of the optimizer cannot be saved in 0.16; this one loads under any layout.
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": role.groups.megatron.dp_cp}
+    metadata = {"distrib_optim_sharding_type": SHARDING, "dp_cp_group": role.groups.megatron.dp_cp}
     model = {
         str(number): {
             name: value

@@ -9,7 +9,8 @@ from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.hf_config import FAMILIES
 from ppomax.engine.models.shape import ModelShape, RopeScaling
 
-FORMAT = 1
+FORMAT = 2
+"""1 had no checksums and less state: its models are read (`ppomax convert`), no run goes on from it."""
 STATE_FILE = "state.json"
 
 
@@ -21,11 +22,17 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: state.json cannot be read ({error}); take another step_N folder"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
         found = content.get("format") if isinstance(content, dict) else content
         raise CheckpointError(f"checkpoint {path}: format {found!r}, expected {FORMAT}")
-    if not isinstance(content.get("state"), dict) or not isinstance(content.get("roles"), dict):
-        raise CheckpointError(f"checkpoint {path}: state.json lacks its roles or state; take another step_N folder")
+    if (
+        type(content.get("step", 0)) is not int
+        or not isinstance(content.get("state"), dict)
+        or not isinstance(content.get("roles"), dict)
+    ):
+        raise CheckpointError(
+            f"checkpoint {path}: state.json lacks its step, roles or state; take another step_N folder"
+        )
     outside = [role for role in content["roles"] if Path(role).name != role or role in ("", "..")]
     if outside:
         raise CheckpointError(f"checkpoint {path}: state.json has a role {outside[0]!r}, expected the name of a folder")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ppomax.engine.checkpoint_manifest import files_below, record_of, write_manifest
 from ppomax.engine.checkpoint_state import STATE_FILE, read_state, shape_of_role
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
 from ppomax.engine.errors import CheckpointError, ConfigError
@@ -110,6 +111,7 @@ def reshard(source: str, target: str, *, split: Split) -> None:
             _reshard_role(reader, writer, split)
             writer.finish(step / role / COMMON_FILE)
         shutil.copyfile(step / STATE_FILE, partial / STATE_FILE)
+        write_manifest(partial, {name: record_of(partial / name) for name in files_below(partial)})
 
 
 def write_hf(

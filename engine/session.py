@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppomax.engine.checkpoint import find_checkpoint, save_checkpoint
+from ppomax.engine.checkpoint import load_checkpoint
+from ppomax.engine.checkpoint_folders import Retention
+from ppomax.engine.checkpoint_saver import InlineWriter, Saver
+from ppomax.engine.checkpoint_verify import VerifiedCheckpoint, find_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
 from ppomax.engine.data.datasets import PromptRow
@@ -38,7 +41,7 @@ from ppomax.engine.rollout.candidates import best_of
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.vllm_backend import VllmBackend
 from ppomax.engine.rollout.watch import MakeWatch
-from ppomax.engine.steps import StepCounter, require_finite_weights
+from ppomax.engine.steps import StepCounter
 from ppomax.engine.trace import Trace
 
 TRAINING_STAGES = ("sft", "reward", "critic", "ppo")
@@ -47,8 +50,8 @@ SAMPLING_STAGES = ("critic", "ppo", "evaluate")
 
 @dataclass(frozen=True)
 class Session:
-    """One stage on this rank. resume: the checkpoint to go on from, if any. vllm: with sampling.backend = "vllm".
-    trace: with monitor.trace. stop: what signals asked for; `end_step` looks.
+    """One stage on this rank. resume: the checkpoint to go on from, if any. saver: writes checkpoints. vllm: with
+    sampling.backend = "vllm". trace: with monitor.trace. stop: what signals asked for; `end_step` looks.
     """
 
     config: RunConfig
@@ -57,7 +60,8 @@ class Session:
     tokenizer: Tokenizer
     template: Template
     log: RunLog
-    resume: Path | None
+    resume: VerifiedCheckpoint | None
+    saver: Saver
     vllm: VllmBackend | None
     trace: Trace | None
     stop: StopSignal
@@ -84,11 +88,19 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         meter = MemoryMeter(device)
         groups = role_groups(config)
         template = make_template(config.data, tokenizer)
-        resume = find_checkpoint(config.train.resume, checkpoint_folder(config))
+        found = find_checkpoint(config.train.resume, checkpoint_folder(config))
+        resume = found.checkpoint
         with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
             log = RunLog(config, command, is_writer=dist.get_rank() == 0, resumed=resume is not None)
-        for line in summary_lines(plan):
+        for line in (*found.notes, *summary_lines(plan)):
             log.say(line)
+        saver = Saver(
+            checkpoint_folder(config),
+            InlineWriter(),
+            Retention(config.checkpoint.keep),
+            resumed=resume,
+            timeout_seconds=config.parallel.timeout_seconds,
+        )
         log.write_json("plan.json", plan_record(plan, None, what=meter.what))
         vllm = _vllm(config, groups["policy"], tokenizer) if command in SAMPLING_STAGES else None
         trace = None
@@ -97,9 +109,11 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         # A stage that saves nothing is ended by the signal itself.
         with stop_signal if command in TRAINING_STAGES else contextlib.nullcontext():
             try:
-                yield Session(config, device, groups, tokenizer, template, log, resume, vllm, trace, stop_signal)
+                yield Session(config, device, groups, tokenizer, template, log, resume, saver, vllm, trace, stop_signal)
             except RunStopped as reason:
                 stopped = reason
+        saver.finish()
+        saver.close()
         if vllm is not None:
             vllm.close()
         peaks = meter.peaks()
@@ -146,20 +160,34 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def restore(session: Session, roles: Mapping[str, Role], counter: StepCounter) -> dict[str, Any] | None:
+    """Fills the trained roles from the checkpoint to go on from and returns its state; None where there is none.
+    Collective over all ranks.
+    """
+    if session.resume is None:
+        return None
+    content = load_checkpoint(session.resume, roles)
+    counter.skipped, counter.last_good = content["skipped_steps"], str(session.resume)
+    return content["state"]
+
+
 def end_step(
     session: Session, step: int, roles: Mapping[str, Role], state: Mapping[str, Any], counter: StepCounter
 ) -> None:
-    """The end of a step of a stage: writes a checkpoint after every checkpoint.every steps, and where a signal asked
-    any rank to stop; there it raises RunStopped. Collective over all ranks.
+    """The end of a step of a stage: goes on with a checkpoint that is being written, begins one after every
+    checkpoint.every steps, and where a signal asked any rank to stop; there it waits for it and raises RunStopped.
+    Collective over all ranks.
 
     state: what a resumed run needs besides the roles, as JSON can hold it.
     """
-    config = session.config
+    saver = session.saver
     asked = session.stop.agreed()
-    if asked or is_due(config.checkpoint.every, step):
-        require_finite_weights(roles.values(), counter)
-        path = save_checkpoint(checkpoint_folder(config), step, roles, state, keep=config.checkpoint.keep)
-        counter.last_good = str(path)
+    saver.poll()
+    if asked or is_due(session.config.checkpoint.every, step):
+        saver.save(step, roles, {"state": dict(state), "skipped_steps": counter.skipped})
+    if asked:
+        saver.finish()
+    counter.last_good = str(saver.published or counter.last_good)
     if asked:
         raise RunStopped(
             f"stopped after step {step}, as {signal.Signals(asked).name} asked: wrote {counter.last_good}; the same "

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
 from ppomax.engine.models.roles import load_critic, load_role
@@ -14,7 +13,7 @@ from ppomax.engine.ppo.experience import Models, make_experience
 from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.statistics import rollout_statistics
 from ppomax.engine.ppo.update import UpdateSettings, update
-from ppomax.engine.session import end_step, export, open_session, sample
+from ppomax.engine.session import end_step, export, open_session, restore, sample
 from ppomax.engine.steps import StepCounter
 from ppomax.engine.throughput import Shapes, iteration_work, phase_clock
 
@@ -43,21 +42,19 @@ def run(config: RunConfig) -> None:
         )
         steps_per_rollout = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
         counter = StepCounter(0, config.train.steps * steps_per_rollout, config.train.max_skipped_steps)
-        scaler, step, is_done = RewardScaler(), 0, False
-        if session.resume:
-            state = load_checkpoint(session.resume, {"critic": critic})
-            step, scaler, is_done = state["step"], RewardScaler(**state["scaler"]), state.get("is_done", False)
-            counter.resume(state["optimizer_step"], state.get("skipped", 0), session.resume)
+        scaler, step = RewardScaler(), 0
+        if (saved := restore(session, {"critic": critic}, counter)) is not None:
+            step, counter.step, scaler = saved["step"], saved["optimizer_step"], RewardScaler(**saved["scaler"])
         order = prompts.order(config.train.seed)
         clock = phase_clock(config, session.device, session.world_size)
         own_reference = None if reference is policy else reference.shape
         shapes = Shapes(policy.shape, critic.shape, own_reference, reward.shape)
-        while step < config.train.steps and not is_done:
+        while step < config.train.steps:
             rows = prompts.take(order, step * ppo.rollout_size, ppo.rollout_size)
             with clock.phase("rollout"):
                 rollout = sample(session, policy, rows, step)
             with clock.phase("scoring"):
-                experience, new_scaler = make_experience(
+                experience, scaler = make_experience(
                     rollout,
                     models,
                     scaler,
@@ -68,21 +65,18 @@ def run(config: RunConfig) -> None:
             generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
             with clock.phase("update"):
                 stats = update(None, critic, experience, None, settings, counter, generator)
-            if not stats["skipped_rollouts"]:
-                scaler = new_scaler
             step += 1
             statistics = rollout_statistics(experience)
             session.log.step(step, config.train.steps, statistics.record() | stats)
-            is_done = stats.get("value_loss", math.inf) < config.critic.stop_loss
-            state = {"step": step, "optimizer_step": counter.step, "skipped": counter.skipped, "is_done": is_done}
-            state["scaler"] = vars(scaler)
+            state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
             with clock.phase("checkpoint"):
                 end_step(session, step, {"critic": critic}, state, counter)
             each = statistics.responses
             work = iteration_work(shapes, each["tokens"], each["response_length"], ppo, trains=False)
             session.log.timing(step, clock.record(work))
-            if is_done:
+            if stats.get("value_loss", math.inf) < config.critic.stop_loss:
                 session.log.say(
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"
                 )
+                break
         export(session, critic, "hf")

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
 from ppomax.engine.data.order import Order
@@ -24,7 +23,7 @@ from ppomax.engine.rollout.generate import request_seeds
 from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.watch import Ended
 from ppomax.engine.rollout_dump import write_rollouts
-from ppomax.engine.session import Session, end_step, export, is_due, open_session, sample, sample_held_out
+from ppomax.engine.session import Session, end_step, export, is_due, open_session, restore, sample, sample_held_out
 from ppomax.engine.steps import StepCounter, parameter_norms
 from ppomax.engine.throughput import Shapes, iteration_work, phase_clock
 from ppomax.engine.trace import span
@@ -36,8 +35,7 @@ class TrainState:
     alone.
 
     step: finished iterations. optimizer_step: steps of the learning-rate schedule. prompt_position, ptx_position:
-    prompts and dialogues drawn. carried: responses that the next iteration goes on with. skipped: steps skipped in a
-    row.
+    prompts and dialogues drawn. carried: responses that the next iteration goes on with.
     """
 
     step: int
@@ -47,7 +45,6 @@ class TrainState:
     scaler: RewardScaler
     kl: KlController
     carried: tuple[Started, ...] = ()
-    skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,9 +77,9 @@ def run(config: RunConfig) -> None:
         counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
         state = TrainState(0, 0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
         trained = {"policy": models.policy, "critic": models.critic}
-        if session.resume:
-            state = TrainState.from_json(load_checkpoint(session.resume, trained))
-            counter.resume(state.optimizer_step, state.skipped, session.resume)
+        if (saved := restore(session, trained, counter)) is not None:
+            state = TrainState.from_json(saved)
+            counter.step = state.optimizer_step
             _check_carried(state, config)
         order = prompts.order(train.seed)
         ptx = PtxBatches(session) if config.data.ptx and ppo.ptx_coef > 0 else None
@@ -115,9 +112,6 @@ def run(config: RunConfig) -> None:
                 stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
             statistics = rollout_statistics(experience)
             metrics = statistics.record() | stats | sampled
-            kl = state.kl.update(metrics["kl"], ppo.rollout_size, ppo)
-            if stats["skipped_rollouts"]:
-                scaler, kl = state.scaler, state.kl  # nothing of it reaches them
             metrics |= {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}
             state = replace(
                 state,
@@ -125,8 +119,7 @@ def run(config: RunConfig) -> None:
                 optimizer_step=counter.step,
                 ptx_position=ptx.position if ptx is not None else 0,
                 scaler=scaler,
-                kl=kl,
-                skipped=counter.skipped,
+                kl=state.kl.update(metrics["kl"], ppo.rollout_size, ppo),
             )
             if is_due(config.monitor.norms_every, state.step):
                 metrics |= parameter_norms([*trained.values()])

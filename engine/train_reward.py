@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RewardConfig, RunConfig
 from ppomax.engine.data.batches import Pack, Rows
 from ppomax.engine.data.datasets import Dataset, PairRow, load_pairs
@@ -18,7 +17,7 @@ from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.roles import Role, as_scalar, grouped_packs, load_policy, load_role
 from ppomax.engine.parallel.pipeline import run_forward_backward
 from ppomax.engine.ppo.evaluation import PairAccuracy, pair_accuracy, pair_sequences
-from ppomax.engine.session import Session, end_step, export, is_due, open_session
+from ppomax.engine.session import Session, end_step, export, is_due, open_session, restore
 from ppomax.engine.steps import StepCounter, apply_gradients, zero_gradients
 
 
@@ -36,9 +35,8 @@ def run(config: RunConfig) -> None:
         model.memory.wait()
         batches = plan_batches(dataset, dataset.order(config.train.seed), config.reward, config.train.steps)
         counter = StepCounter(0, len(batches), config.train.max_skipped_steps)
-        if session.resume:
-            state = load_checkpoint(session.resume, {"reward": model})
-            counter.resume(state["step"], state.get("skipped", 0), session.resume)
+        if (state := restore(session, {"reward": model}, counter)) is not None:
+            counter.step = state["step"]
         while counter.step < len(batches):
             pairs = batches[counter.step]
             losses = reward_gradients(model, pairs, config)
@@ -46,8 +44,7 @@ def run(config: RunConfig) -> None:
             session.log.step(counter.step, len(batches), stats | {"pairs": float(len(pairs))})
             if held_out and is_due(config.monitor.eval_every, counter.step):
                 session.log.evaluation(counter.step, pair_accuracy(model, held_out, config.train).metrics())
-            state = {"step": counter.step, "skipped": counter.skipped}
-            end_step(session, counter.step, {"reward": model}, state, counter)
+            end_step(session, counter.step, {"reward": model}, {"step": counter.step}, counter)
         if held_out:
             result = pair_accuracy(model, held_out, config.train)
             session.log.evaluation(counter.step, result.metrics())

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.batches import Pack
 from ppomax.engine.data.datasets import DialogueRow, load_dialogues
 from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, load_policy, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
-from ppomax.engine.session import end_step, export, is_due, open_session
+from ppomax.engine.session import end_step, export, is_due, open_session, restore
 from ppomax.engine.steps import StepCounter, apply_gradients, dialogue_rows, language_model_gradients
 
 
@@ -30,9 +29,8 @@ def run(config: RunConfig) -> None:
         num_steps = train.steps or max(1, math.ceil(config.sft.epochs * len(dataset.rows) / train.batch_size))
         order = dataset.order(train.seed)
         counter = StepCounter(0, num_steps, train.max_skipped_steps)
-        if session.resume:
-            state = load_checkpoint(session.resume, {"policy": policy})
-            counter.resume(state["step"], state.get("skipped", 0), session.resume)
+        if (state := restore(session, {"policy": policy}, counter)) is not None:
+            counter.step = state["step"]
         while counter.step < num_steps:
             rows = dataset.take(order, counter.step * train.batch_size, train.batch_size)
             loss = language_model_gradients(policy, rows, train.tokens_per_microbatch)
@@ -42,8 +40,7 @@ def run(config: RunConfig) -> None:
             if held_out and (is_last or is_due(config.monitor.eval_every, counter.step)):
                 loss = held_out_loss(policy, held_out, train.tokens_per_microbatch)
                 session.log.evaluation(counter.step, {"loss": loss})
-            state = {"step": counter.step, "skipped": counter.skipped}
-            end_step(session, counter.step, {"policy": policy}, state, counter)
+            end_step(session, counter.step, {"policy": policy}, {"step": counter.step}, counter)
         export(session, policy, "hf")
 
 

@@ -37,12 +37,10 @@ function section(id, title, shown, build) {
     page.append(built[id].node);
   }
   if (built[id].text === text) return;
-  const content = build();
-  const isTyping = document.activeElement?.id === "search" && built[id].node.contains(document.activeElement);
+  const content = shown === null ? null : build();
   built[id].text = text;
   built[id].title = title;
-  fillWithCharts(built[id].node, content ? [title ? el("h2", {}, title) : null, content].flat() : null);
-  if (isTyping) document.getElementById("search")?.focus();
+  fill(built[id].node, content ? [title ? el("h2", {}, title) : null, content].flat() : null);
   built[id].isShown = Boolean(content);
 }
 
@@ -76,11 +74,10 @@ async function poll(seen) {
       const { data, version: found } = await response.json();
       render(data, fetchRollouts);
       version = found;
-    }
-    if (response.ok) show("live", "live");
-    else show((await response.json()).error, "lost");
+    } else if (response.status !== 204) throw new Error(`status ${response.status}`);
+    show("live", "live");
   } catch (error) {
-    show("no answer: has ppomax watch ended?", "lost");
+    show("no answer: has `ppomax watch` ended?", "lost");
   }
   setTimeout(() => poll(version), document.hidden ? 5 * POLL_MS : POLL_MS);
 }
