@@ -50,6 +50,7 @@ TOOLS = {
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
     "report": "what runs did, as one HTML file: curves, events, samples, rollouts token by token, configuration",
+    "watch": "the report of a run while it grows, in a browser on this machine (127.0.0.1)",
     "prepare-data": "split a preference file, train a tokenizer on it",
     "help": "this text, or `help SECTION`, `help SECTION.FIELD`, `help exit-codes`",
     "version": "versions of ppomax and what it runs on",
@@ -141,6 +142,10 @@ def _dispatch(argv: list[str]) -> int:
         from ppomax.tools.report import main as report
 
         report(rest)
+    elif command == "watch":
+        from ppomax.tools.watch import main as watch
+
+        watch(rest)
     elif command == "prepare-data":
         from ppomax.tools.prepare_data import main as prepare_data
 

@@ -517,8 +517,10 @@ class TrainConfig(Section):
     stop_seconds: Positive = 25
     """Seconds from SIGTERM until a rank that has reached no end of a step ends without saving (exit code 143).
     Source: torchrun kills its processes 30 s after it has passed SIGTERM on."""
-    max_skipped_steps: Count = 0
-    """Steps in a row with a non-finite loss or gradient that are skipped before the run stops (exit code 6)."""
+    max_skipped_steps: Count = 3
+    """Optimizer steps in a row with a non-finite loss or gradient, or rollouts with a non-finite score, value or
+    log-prob, that are skipped before the run stops (exit code 6). Skipping changes nothing, and a run that stops at
+    once would meet the same numbers when it is resumed. Source: ours; Megatron stops at the first."""
     log_every: Positive = 1
     """Print a line after every this many steps; metrics.jsonl gets all of them."""
 

@@ -41,7 +41,7 @@ from ppomax.engine.rollout.candidates import best_of
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.vllm_backend import VllmBackend
 from ppomax.engine.rollout.watch import MakeWatch
-from ppomax.engine.steps import StepCounter
+from ppomax.engine.steps import StepCounter, require_finite_weights
 from ppomax.engine.trace import Trace
 
 TRAINING_STAGES = ("sft", "reward", "critic", "ppo")
@@ -160,15 +160,10 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def restore(session: Session, roles: Mapping[str, Role], counter: StepCounter) -> dict[str, Any] | None:
-    """Fills the trained roles from the checkpoint to go on from and returns its state; None where there is none.
-    Collective over all ranks.
-    """
-    if session.resume is None:
-        return None
-    content = load_checkpoint(session.resume, roles)
-    counter.skipped, counter.last_good = content["skipped_steps"], str(session.resume)
-    return content["state"]
+def restore(session: Session, roles: Mapping[str, Role]) -> dict[str, Any]:
+    """Fills the trained roles from the checkpoint to go on from; returns its state. Collective over all ranks."""
+    assert session.resume is not None
+    return load_checkpoint(session.resume, roles)["state"]
 
 
 def end_step(
@@ -184,7 +179,8 @@ def end_step(
     asked = session.stop.agreed()
     saver.poll()
     if asked or is_due(session.config.checkpoint.every, step):
-        saver.save(step, roles, {"state": dict(state), "skipped_steps": counter.skipped})
+        require_finite_weights(roles.values(), counter)
+        saver.save(step, roles, {"state": dict(state)})
     if asked:
         saver.finish()
     counter.last_good = str(saver.published or counter.last_good)

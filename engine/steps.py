@@ -3,8 +3,9 @@ rate.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ppomax.engine.errors import DivergedError
 from ppomax.engine.models.heads import head_cross_entropy
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.optim import clip_and_step, learning_rate_factor, set_learning_rate
+from ppomax.engine.parallel.device import this_device
 from ppomax.engine.parallel.pipeline import run_forward_backward
 
 
@@ -31,14 +33,25 @@ class StepCounter:
     skipped: int = 0
     last_good: str = "none"
 
+    def resume(self, step: int, skipped: int, checkpoint: Path) -> None:
+        """Goes on where the run stood that wrote a checkpoint."""
+        self.step, self.skipped, self.last_good = step, skipped, str(checkpoint)
+
     def record(self, *, applied: bool, what: str) -> None:
         """Counts one step; raises DivergedError after more than max_skipped skipped ones in a row."""
         self.step += 1
         self.skipped = 0 if applied else self.skipped + 1
+        self._check(f"optimizer step {self.step}: {what}")
+
+    def record_bad_rollout(self, num_steps: int, *, what: str) -> None:
+        """Counts a rollout that is not learned from, which would have had num_steps steps, as one that was skipped."""
+        begin, self.step, self.skipped = self.step + 1, self.step + num_steps, self.skipped + 1
+        self._check(f"optimizer step {begin}: the rollout before it has {what}")
+
+    def _check(self, what: str) -> None:
         if self.skipped > self.max_skipped:
             raise DivergedError(
-                f"optimizer step {self.step}: {what} ({self.skipped} in a row, "
-                f"train.max_skipped_steps = {self.max_skipped}); "
+                f"{what} ({self.skipped} in a row, train.max_skipped_steps = {self.max_skipped}); "
                 f"no weight was changed by it. Last good checkpoint: {self.last_good}. "
                 "Lower the learning rate (or raise ppo.kl_coef) and resume from that checkpoint"
             )
@@ -89,6 +102,28 @@ def parameter_norms(roles: Sequence[Role]) -> dict[str, float]:
         squares.append(square)
     norms = torch.cat(squares).sqrt().tolist()
     return {f"parameter_norm_{role.name}": norm for role, norm in zip(roles, norms, strict=True)}
+
+
+def require_finite_weights(roles: Iterable[Role], counter: StepCounter) -> None:
+    """Raises DivergedError on all ranks unless every weight of the roles is finite. Collective over the world.
+
+    A step from finite gradients can overflow where learning rate and weights are absurd; its checkpoint would be taken
+    for good.
+    """
+    bad = torch.zeros((), device=this_device())
+    for role in roles:
+        if role.is_here:
+            with role.memory.resident("weights"):
+                for chunk in role.chunks:
+                    for weight in chunk.parameters():
+                        bad += weight.isfinite().all().logical_not()
+    torch.distributed.all_reduce(bad)
+    if bad:
+        raise DivergedError(
+            f"optimizer step {counter.step}: it or one before left weights that are not finite; no checkpoint is "
+            f"written. Last good checkpoint: {counter.last_good}. Lower the learning rate and resume from that "
+            "checkpoint"
+        )
 
 
 def language_model_gradients(role: Role, dialogues: Sequence[DialogueRow], tokens_per_microbatch: int) -> float:

@@ -42,19 +42,21 @@ def run(config: RunConfig) -> None:
         )
         steps_per_rollout = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
         counter = StepCounter(0, config.train.steps * steps_per_rollout, config.train.max_skipped_steps)
-        scaler, step = RewardScaler(), 0
-        if (saved := restore(session, {"critic": critic}, counter)) is not None:
-            step, counter.step, scaler = saved["step"], saved["optimizer_step"], RewardScaler(**saved["scaler"])
+        scaler, step, is_done = RewardScaler(), 0, False
+        if session.resume:
+            state = restore(session, {"critic": critic})
+            step, scaler, is_done = state["step"], RewardScaler(**state["scaler"]), state.get("is_done", False)
+            counter.resume(state["optimizer_step"], state.get("skipped", 0), session.resume)
         order = prompts.order(config.train.seed)
         clock = phase_clock(config, session.device, session.world_size)
         own_reference = None if reference is policy else reference.shape
         shapes = Shapes(policy.shape, critic.shape, own_reference, reward.shape)
-        while step < config.train.steps:
+        while step < config.train.steps and not is_done:
             rows = prompts.take(order, step * ppo.rollout_size, ppo.rollout_size)
             with clock.phase("rollout"):
                 rollout = sample(session, policy, rows, step)
             with clock.phase("scoring"):
-                experience, scaler = make_experience(
+                experience, new_scaler = make_experience(
                     rollout,
                     models,
                     scaler,
@@ -65,18 +67,21 @@ def run(config: RunConfig) -> None:
             generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
             with clock.phase("update"):
                 stats = update(None, critic, experience, None, settings, counter, generator)
+            if not stats["skipped_rollouts"]:
+                scaler = new_scaler
             step += 1
             statistics = rollout_statistics(experience)
             session.log.step(step, config.train.steps, statistics.record() | stats)
-            state = {"step": step, "optimizer_step": counter.step, "scaler": vars(scaler)}
+            is_done = stats.get("value_loss", math.inf) < config.critic.stop_loss
+            state = {"step": step, "optimizer_step": counter.step, "skipped": counter.skipped, "is_done": is_done}
+            state["scaler"] = vars(scaler)
             with clock.phase("checkpoint"):
                 end_step(session, step, {"critic": critic}, state, counter)
             each = statistics.responses
             work = iteration_work(shapes, each["tokens"], each["response_length"], ppo, trains=False)
             session.log.timing(step, clock.record(work))
-            if stats.get("value_loss", math.inf) < config.critic.stop_loss:
+            if is_done:
                 session.log.say(
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"
                 )
-                break
         export(session, critic, "hf")

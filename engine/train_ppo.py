@@ -35,7 +35,8 @@ class TrainState:
     alone.
 
     step: finished iterations. optimizer_step: steps of the learning-rate schedule. prompt_position, ptx_position:
-    prompts and dialogues drawn. carried: responses that the next iteration goes on with.
+    prompts and dialogues drawn. carried: responses that the next iteration goes on with. skipped: steps skipped in a
+    row.
     """
 
     step: int
@@ -45,6 +46,7 @@ class TrainState:
     scaler: RewardScaler
     kl: KlController
     carried: tuple[Started, ...] = ()
+    skipped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,9 +79,9 @@ def run(config: RunConfig) -> None:
         counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
         state = TrainState(0, 0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
         trained = {"policy": models.policy, "critic": models.critic}
-        if (saved := restore(session, trained, counter)) is not None:
-            state = TrainState.from_json(saved)
-            counter.step = state.optimizer_step
+        if session.resume:
+            state = TrainState.from_json(restore(session, trained))
+            counter.resume(state.optimizer_step, state.skipped, session.resume)
             _check_carried(state, config)
         order = prompts.order(train.seed)
         ptx = PtxBatches(session) if config.data.ptx and ppo.ptx_coef > 0 else None
@@ -112,6 +114,9 @@ def run(config: RunConfig) -> None:
                 stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
             statistics = rollout_statistics(experience)
             metrics = statistics.record() | stats | sampled
+            kl = state.kl.update(metrics["kl"], ppo.rollout_size, ppo)
+            if stats["skipped_rollouts"]:
+                scaler, kl = state.scaler, state.kl  # nothing of it reaches them
             metrics |= {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}
             state = replace(
                 state,
@@ -119,7 +124,8 @@ def run(config: RunConfig) -> None:
                 optimizer_step=counter.step,
                 ptx_position=ptx.position if ptx is not None else 0,
                 scaler=scaler,
-                kl=state.kl.update(metrics["kl"], ppo.rollout_size, ppo),
+                kl=kl,
+                skipped=counter.skipped,
             )
             if is_due(config.monitor.norms_every, state.step):
                 metrics |= parameter_norms([*trained.values()])

@@ -35,8 +35,9 @@ def run(config: RunConfig) -> None:
         model.memory.wait()
         batches = plan_batches(dataset, dataset.order(config.train.seed), config.reward, config.train.steps)
         counter = StepCounter(0, len(batches), config.train.max_skipped_steps)
-        if (state := restore(session, {"reward": model}, counter)) is not None:
-            counter.step = state["step"]
+        if session.resume:
+            state = restore(session, {"reward": model})
+            counter.resume(state["step"], state.get("skipped", 0), session.resume)
         while counter.step < len(batches):
             pairs = batches[counter.step]
             losses = reward_gradients(model, pairs, config)
@@ -44,7 +45,8 @@ def run(config: RunConfig) -> None:
             session.log.step(counter.step, len(batches), stats | {"pairs": float(len(pairs))})
             if held_out and is_due(config.monitor.eval_every, counter.step):
                 session.log.evaluation(counter.step, pair_accuracy(model, held_out, config.train).metrics())
-            end_step(session, counter.step, {"reward": model}, {"step": counter.step}, counter)
+            state = {"step": counter.step, "skipped": counter.skipped}
+            end_step(session, counter.step, {"reward": model}, state, counter)
         if held_out:
             result = pair_accuracy(model, held_out, config.train)
             session.log.evaluation(counter.step, result.metrics())

@@ -29,8 +29,9 @@ def run(config: RunConfig) -> None:
         num_steps = train.steps or max(1, math.ceil(config.sft.epochs * len(dataset.rows) / train.batch_size))
         order = dataset.order(train.seed)
         counter = StepCounter(0, num_steps, train.max_skipped_steps)
-        if (state := restore(session, {"policy": policy}, counter)) is not None:
-            counter.step = state["step"]
+        if session.resume:
+            state = restore(session, {"policy": policy})
+            counter.resume(state["step"], state.get("skipped", 0), session.resume)
         while counter.step < num_steps:
             rows = dataset.take(order, counter.step * train.batch_size, train.batch_size)
             loss = language_model_gradients(policy, rows, train.tokens_per_microbatch)
@@ -40,7 +41,8 @@ def run(config: RunConfig) -> None:
             if held_out and (is_last or is_due(config.monitor.eval_every, counter.step)):
                 loss = held_out_loss(policy, held_out, train.tokens_per_microbatch)
                 session.log.evaluation(counter.step, {"loss": loss})
-            end_step(session, counter.step, {"policy": policy}, {"step": counter.step}, counter)
+            state = {"step": counter.step, "skipped": counter.skipped}
+            end_step(session, counter.step, {"policy": policy}, state, counter)
         export(session, policy, "hf")
 
 

@@ -15,6 +15,7 @@ from ppomax.tools.run_folder import (
     COLUMNS,
     Row,
     Run,
+    all_records,
     finite,
     last_record,
     read_json,
@@ -84,15 +85,16 @@ def shortened(text: Any) -> str:
 
 def _run_tree(run: Run, budget: int, number: int) -> dict[str, Any]:
     notes = list(run.notes)
-    last = last_record(run)
-    records = run.records if last is None else [*run.records, last]
-    if last is None and run.tail:
+    records, timing = all_records(run.metrics), all_records(run.timing)
+    if run.metrics.tail and last_record(run.metrics) is None:
         notes.append("the last line of metrics.jsonl has no end: the run is writing, or was killed while it wrote")
-    stage = main_kind(records)
+    stage = main_kind(records) if records else ""
+    if not records:
+        notes.append("no record yet")
     dumps = rollout_files(run.folder)
     rollouts, left_out = _read_rollouts(dumps, budget, notes)
     samples = _read_samples(run, notes)
-    measured = curves(records)
+    measured = curves(records, timing)
     longest = max((sum(row["kind"] == kind for row in records) for kind in measured), default=0)
     if longest > MAX_POINTS:
         notes.append(
@@ -114,7 +116,7 @@ def _run_tree(run: Run, budget: int, number: int) -> dict[str, Any]:
         "num_events": sum(row["kind"] == "event" for row in records),
         "samples": {step: [_sample(row) for row in rows] for step, rows in samples.items()},
         "histogram": reward_histograms(records, rollouts, samples),
-        "phases": phases(records),
+        "phases": phases(timing or records),
         "rollouts": list(dumps) if budget == 0 else list(rollouts),
         "dumps": rollouts,
         "plan": _plan(read_json(run.folder / "plan.json")),
@@ -248,7 +250,7 @@ def _steps_of(config: dict[str, Any] | None, stage: str) -> int:
     """Iterations the run is to make, 0 where they follow from its epochs."""
     train = (config or {}).get("train")
     steps = train.get("steps") if isinstance(train, dict) else None
-    return steps if isinstance(steps, int) and stage != "evaluation" else 0
+    return steps if isinstance(steps, int) and stage not in ("", "evaluation") else 0
 
 
 def _name(folder: Path, number: int) -> str:

@@ -19,37 +19,39 @@ DIGITS = 6
 
 GROUPS = (
     ("Reward", r"reward|score|gold|accuracy|difference|win_rate|margin"),
-    ("KL and drift", r"kl|sampler_|ratio|clip_?frac|clipped|token_mult|age"),
-    ("Response", r"response|finished|eos|trunc|repet|distinct|length|carried|drawn|dropped"),
+    ("KL and drift", r"kl|sampler_|ratio|clip_fraction|effective_sample|token_mult"),
+    ("Response", r"response|finished|eos|truncated|repet|distinct|longest|length|tokens|carried|dropped"),
     ("Language", r"perplexity|entropy|nll|logprob"),
     ("Value and advantage", r"value|return|advantage|explained"),
     ("Loss", r"loss|objective"),
     ("Optimizer", r"grad|learning_rate|norm|skipped|batch|epochs|steps"),
-    ("Time and memory", r"^seconds|per_second|mfu|memory|gib|bytes|tokens|seconds"),
+    ("Time and memory", r"seconds|per_second|mfu|memory|_gib|bytes"),
 )
-"""Title, and what the names of its metrics contain: the first that matches, searched in the order of SEARCH."""
+"""Title of a group, and what the names of its metrics contain."""
 SEARCH = (
-    "Time and memory",
-    "Loss",
-    "Language",
-    "KL and drift",
-    "Value and advantage",
-    "Response",
-    "Reward",
-    "Optimizer",
+    *("Time and memory", "Loss", "Language", "KL and drift", "Value and advantage", "Response", "Reward", "Optimizer"),
 )
+"""A metric goes into the first of these that fits."""
 OTHER = "Other"
-OVERVIEW = ("reward", "kl", "perplexity", "response_length", "policy_loss", "value_loss", "loss", "accuracy")
+OVERVIEW = (
+    *("reward", "kl", "perplexity", "response_length", "entropy", "truncated", "policy_loss", "value_loss"),
+    *("explained_variance", "loss", "accuracy"),
+)
 """Shown first. The paper: reward and losses look fine while a policy collapses; KL, perplexity and length tell."""
 UNITS = (
-    (r"^seconds|_seconds$", "seconds"),
+    (r"kl_coef", ""),
     (r"per_second", "per second"),
-    (r"gib$", "GiB"),
-    (r"perplexity", "exp of nats per token"),
-    (r"entropy|(^|_)kl(_|$)|nll|k1$|k3$", "nats per token"),
-    (r"length|tokens", "tokens"),
-    (r"fraction|finished|rate$|accuracy|share|mfu|outside", "share"),
+    (r"seconds", "seconds"),
+    (r"_gib$", "GiB"),
+    (r"entropy|(^|_)kl(_|$)|nll|k3$", "nats per token"),
+    (r"length|tokens|longest", "tokens"),
+    (r"fraction|finished|truncated|rate$|accuracy|share|mfu|outside|distinct", "share"),
 )
+FAMILY = re.compile(r"(.+)_(?:min|max|p\d+|\d)")
+"""Quantiles and counts of one thing: they share a chart."""
+TIMING = "timing"
+"""The kind of curves that come from timing.jsonl."""
+PHASE = re.compile(r"seconds_(.+)|(.+)_seconds")
 LEADING = re.compile(r"ref_(?=.)")
 
 
@@ -77,11 +79,14 @@ def split_repeated(rows: Sequence[Row]) -> tuple[list[Row], list[list[Row]]]:
     return kept, old
 
 
-def curves(records: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """{kind: {metric: curve}}; a curve has x (steps), y (None: not a number), where thinned also lo and hi, `bad`
-    (steps of what was no number), and `old`: [x, y] of stretches that were done again.
+def curves(records: Sequence[Row], timing: Sequence[Row] = ()) -> dict[str, dict[str, Any]]:
+    """{kind: {metric: curve}}; timing: rows of timing.jsonl, which are one kind of their own.
+
+    A curve has x (steps), y (None: not a number), where thinned also lo and hi, `bad` (steps of what was no number),
+    and `old`: [x, y] of stretches that were done again.
     """
     found: dict[str, dict[str, Any]] = {}
+    records = [*records, *({**row, "kind": TIMING} for row in timing)]
     kinds = [kind for kind in dict.fromkeys(row["kind"] for row in records) if kind != "event"]
     for kind in kinds:
         rows, old = split_repeated([row for row in records if row["kind"] == kind])
@@ -89,6 +94,10 @@ def curves(records: Sequence[Row]) -> dict[str, dict[str, Any]]:
         found[kind] = {name: _curve(rows, old[-MAX_OLD:], name) for name in list(names)[:MAX_METRICS]}
         # A metric that never was a number in any record is text, or a table.
         found[kind] = {name: curve for name, curve in found[kind].items() if curve is not None}
+    for name in found.get(TIMING, {}):
+        for kind in found:
+            if kind != TIMING:
+                found[kind].pop(name, None)
     return found
 
 
@@ -122,13 +131,15 @@ def stretches(count: int, num_parts: int) -> list[tuple[int, int]]:
 def charts(names: Iterable[str]) -> list[dict[str, Any]]:
     """Groups of charts: {title, charts: [{title, unit, metrics}]}. Each metric is in one; x and ref_x share theirs."""
     every = list(dict.fromkeys(names))
-    groups: dict[str, list[dict[str, Any]]] = {title: [] for title in [*dict(GROUPS), OTHER]}
+    families: dict[str, list[str]] = {}
     for name in every:
-        base = LEADING.sub("", name, count=1)
-        if base != name and base in every:
-            continue
-        shown = [name] + ([f"ref_{name}"] if f"ref_{name}" in every else [])
-        groups[group_of(name)].append({"title": name, "unit": unit_of(name), "metrics": shown})
+        match, base = FAMILY.fullmatch(name), LEADING.sub("", name, count=1)
+        families.setdefault(f"{match[1]}: range" if match else base if base in every else name, []).append(name)
+    groups: dict[str, list[dict[str, Any]]] = {title: [] for title in [*dict(GROUPS), OTHER]}
+    for title, members in families.items():
+        members.sort(key=lambda name: bool(LEADING.match(name)))
+        title = members[0] if len(members) == 1 else title
+        groups[group_of(members[0])].append({"title": title, "unit": unit_of(members[0]), "metrics": members})
     return [{"title": title, "charts": inner} for title, inner in groups.items() if inner]
 
 
@@ -142,22 +153,27 @@ def unit_of(name: str) -> str:
 
 
 def phases(records: Sequence[Row], num_columns: int = 100) -> dict[str, Any] | None:
-    """Seconds per step by phase: fields seconds_*, and `rest` of `seconds`; totals, and means of stretches of steps."""
+    """Seconds per step by phase: fields PHASE_seconds or seconds_PHASE, and the `rest` of `seconds`; totals, and means
+    of stretches of steps.
+    """
     kind = main_kind(records)
     rows, _ = split_repeated([row for row in records if row["kind"] == kind and (finite(row.get("seconds")) or 0) > 0])
     if not rows:
         return None
-    names = [key for key in dict.fromkeys(key for row in rows for key in row) if key.startswith("seconds_")]
-    names = [name for name in names if all(finite(row.get(name, 0)) is not None for row in rows)]
-    table = [[finite(row.get(name)) or 0.0 for name in names] for row in rows]
-    rest = [max(0.0, row["seconds"] - sum(times)) for row, times in zip(rows, table, strict=True)]
-    table = [[*times, left] for times, left in zip(table, rest, strict=True)]
+    found = {key: PHASE.fullmatch(key) for key in dict.fromkeys(key for row in rows for key in row)}
+    names = {key: match[1] or match[2] for key, match in found.items() if match}
+    table = []
+    for row in rows:
+        times = [max(0.0, finite(row.get(key)) or 0.0) for key in names]
+        table.append([*times, max(0.0, (finite(row["seconds"]) or 0.0) - sum(times))])
     totals = [sum(column) for column in zip(*table, strict=True)]
+    labels = [*names.values(), "rest" if names else "step"]
+    if totals[-1] < 0.001 * sum(totals):
+        labels, totals, table = labels[:-1], totals[:-1], [times[:-1] for times in table]
     bars = []
     for start, end in stretches(len(rows), min(num_columns, len(rows))):
         means = [sum(column) / (end - start) for column in zip(*table[start:end], strict=True)]
         bars.append({"from": rows[start]["step"], "to": rows[end - 1]["step"], "means": [rounded(x) for x in means]})
-    labels = [name.removeprefix("seconds_") for name in names] + (["rest"] if names else ["step"])
     return {"names": labels, "totals": [rounded(x) for x in totals], "bars": bars, "num_steps": len(rows)}
 
 

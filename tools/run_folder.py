@@ -6,6 +6,7 @@ line is left out and named in `notes`. What the records mean is left to `report_
 
 import json
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -27,63 +28,86 @@ MAX_NOTES = 20
 
 
 @dataclass
-class Run:
-    """What was found so far. records: the lines of metrics.jsonl that have a kind and a step, in their order."""
+class Lines:
+    """A growing file of records: objects with a kind and a step. rows: those read so far, in their order."""
 
-    folder: Path
-    records: list[Row] = field(default_factory=list)
+    path: Path
+    rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     position: int = 0
-    """Bytes of metrics.jsonl that were read."""
+    """Bytes that were read."""
     num_lines: int = 0
     inode: int = 0
     tail: bytes = b""
-    """Its last line, if that has no end yet."""
+    """The last line, if that has no end yet."""
+
+
+@dataclass
+class Run:
+    """What was found so far."""
+
+    folder: Path
+    metrics: Lines
+    timing: Lines
+
+    @property
+    def notes(self) -> list[str]:
+        return self.metrics.notes + self.timing.notes
 
 
 def open_run(folder: Path) -> Run:
     """Raises DataError where there is no folder."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such run folder; expected what a stage wrote into train.output")
-    return Run(folder)
+    return Run(folder, Lines(folder / "metrics.jsonl"), Lines(folder / "timing.jsonl"))
 
 
 def read_records(run: Run) -> None:
-    """Takes what metrics.jsonl has grown by; a file that was replaced is read anew."""
-    path = run.folder / "metrics.jsonl"
-    try:
-        if not path.is_file():
-            return
-        with path.open("rb") as file:
-            status = path.stat()
-            if status.st_size < run.position or status.st_ino != run.inode:
-                run.records, run.notes, run.position, run.num_lines = [], [], 0, 0
-            run.inode = status.st_ino
-            file.seek(run.position)
-            *lines, run.tail = file.read().split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    for line in lines:
-        run.num_lines += 1
-        run.position += len(line) + 1
-        try:
-            run.records.append(_record(line))
-        except ValueError as error:
-            _note(run, f"metrics.jsonl, line {run.num_lines}, is left out: {error}")
+    """Takes what the records have grown by; a file that was replaced is read anew. Raises DataError."""
+    for lines in (run.metrics, run.timing):
+        _read_on(lines)
 
 
-def last_record(run: Run) -> Row | None:
-    """The last line where it is whole but for its end, as an editor may leave it."""
+def all_records(lines: Lines) -> list[Row]:
+    """The rows, and the last line where it is whole but for its end, as an editor may leave it."""
+    last = last_record(lines)
+    return lines.rows if last is None else [*lines.rows, last]
+
+
+def last_record(lines: Lines) -> Row | None:
     try:
-        return _record(run.tail) if run.tail.strip() else None
+        return _record(lines.tail) if lines.tail.strip() else None
     except ValueError:
         return None
 
 
+def _read_on(lines: Lines) -> None:
+    path = lines.path
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_size < lines.position or status.st_ino != lines.inode:
+                lines.rows, lines.notes, lines.position, lines.num_lines = [], [], 0, 0
+            lines.inode = status.st_ino
+            file.seek(lines.position)
+            *whole, lines.tail = file.read().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    for line in whole:
+        lines.num_lines += 1
+        lines.position += len(line) + 1
+        try:
+            lines.rows.append(_record(line))
+        except ValueError as error:
+            _note(lines, f"{path.name}, line {lines.num_lines}, is left out: {error}")
+
+
 def check_has_records(run: Run) -> None:
     """Raises DataError where there is nothing to report on."""
-    path = run.folder / "metrics.jsonl"
-    if run.records or last_record(run) or sample_files(run.folder) or rollout_files(run.folder):
+    path = run.metrics.path
+    if all_records(run.metrics) or sample_files(run.folder) or rollout_files(run.folder):
         return
     if run.notes:
         raise DataError(f"{path} has no readable record: {run.notes[0]}; expected the file that a stage writes")
@@ -211,8 +235,8 @@ def _listing(folder: Path) -> list[Path]:
         return []
 
 
-def _note(run: Run, text: str) -> None:
-    if len(run.notes) < MAX_NOTES:
-        run.notes.append(text)
-    elif len(run.notes) == MAX_NOTES:
-        run.notes.append("more lines of metrics.jsonl are left out")
+def _note(lines: Lines, text: str) -> None:
+    if len(lines.notes) < MAX_NOTES:
+        lines.notes.append(text)
+    elif len(lines.notes) == MAX_NOTES:
+        lines.notes.append(f"more lines of {lines.path.name} are left out")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ppomax.engine.config import PpoConfig
@@ -89,6 +90,21 @@ def make_experience(
         returns=tokens.returns,
     )
     return result, scaler
+
+
+def not_finite(experience: Experience) -> str | None:
+    """What of an experience holds a number that is not finite, in words; None where all are finite. One host sync."""
+    parts = {
+        "a score of the reward model": experience.scores,
+        "a log-prob of the policy": experience.logprobs,
+        "a log-prob of the reference": experience.ref_logprobs,
+        "a value of the critic": experience.values,
+        "a KL": experience.kl,
+        "an advantage": experience.advantages,
+        "a return": experience.returns,
+    }
+    is_bad = torch.stack([x.isfinite().all().logical_not() for x in parts.values()]).tolist()
+    return next((f"{name} that is not finite" for name, bad in zip(parts, is_bad, strict=True) if bad), None)
 
 
 def make_scorer(

@@ -4,6 +4,7 @@ A minibatch is a list of sequences of the global batch; every rank knows all of 
 collective.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from ppomax.engine.data.batches import Rows, response_rows, unpad
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward_backward, share_results
-from ppomax.engine.ppo.experience import kept_tokens, sampler_weights
+from ppomax.engine.ppo.experience import kept_tokens, not_finite, sampler_weights
 from ppomax.engine.ppo.losses import POLICY_METRICS, VALUE_METRICS, PolicyObjective, PolicyTargets, ValueObjective
 from ppomax.engine.ppo.scoring import token_logprobs
 from ppomax.engine.ppo.statistics import masked_quantiles, to_host
@@ -51,9 +52,15 @@ def update(
     """Trains on one rollout; policy None trains the critic alone (critic pre-training).
 
     ptx: batches of dialogues for Eq. 17, one per optimizer step. generator: draws the minibatches.
-    Returns the means of the metrics over the applied steps, and the numbers of applied and of skipped steps. Every rank
-    of the run must call it. Roles on ranks of their own compute the gradients of a minibatch at the same time.
+    Returns the means of the metrics over the applied steps, and the numbers of applied and of skipped steps. A rollout
+    with a number that is not finite is not learned from: all its steps are skipped. Every rank of the run must call it.
+    Roles on ranks of their own compute the gradients of a minibatch at the same time.
     """
+    wrong = not_finite(experience)
+    if wrong is not None:
+        num_steps = settings.ppo.epochs * len(experience.scores) // settings.ppo.minibatch_size
+        counter.record_bad_rollout(num_steps, what=wrong)
+        return {"optimizer_steps": 0.0, "skipped_steps": float(num_steps), "skipped_rollouts": 1.0}
     trained = [critic] if policy is None else [policy, critic]
     for role in trained:
         role.memory.hold("weights", "gradients")  # the critic's come while the policy computes
@@ -150,7 +157,7 @@ def _step(
     for role, _, names, sums in trained:
         role.groups.give_to_all(sums)
         stats |= zip(names, sums.tolist(), strict=True)
-    if config.target_kl is not None and stats.get("approx_kl", 0.0) > config.target_kl:
+    if config.target_kl is not None and config.target_kl < stats.get("approx_kl", 0.0) < math.inf:
         return None
     return apply_gradients([(role, peak) for role, peak, *_ in trained], stats, optim, counter)
 
@@ -235,4 +242,5 @@ def _means(collected: Sequence[dict[str, float]], num_skipped: int) -> dict[str,
         name: sum(stats[name] for stats in collected if name in stats) / sum(name in stats for stats in collected)
         for name in sorted(names)
     }
-    return means | {"optimizer_steps": float(len(collected)), "skipped_steps": float(num_skipped)}
+    counts = {"optimizer_steps": float(len(collected)), "skipped_steps": float(num_skipped), "skipped_rollouts": 0.0}
+    return means | counts

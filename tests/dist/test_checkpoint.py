@@ -328,7 +328,7 @@ def test_every_rank_of_a_diverging_run_names_step_and_last_good_checkpoint(
     on_ranks: OnRanks, tiny: Any, tmp_path: Path, straight
 ) -> None:
     checkpoint = step_2(straight("tp2"))
-    overrides = {"optim": {"lr": 1e30}, "train": {"steps": 3, "resume": str(checkpoint)}}
+    overrides = {"optim": {"lr": 1e30}, "train": {"steps": 3, "resume": str(checkpoint), "max_skipped_steps": 0}}
     config = tiny.config("ppo", tmp_path / "run", parallel={"tp": 2, "pp": 2}, **overrides)
     errors = on_ranks(4, error_of_stage, "ppo", config)
     assert len(set(errors)) == 1

@@ -26,7 +26,8 @@ def test_a_counter_skips_as_many_steps_in_a_row_as_allowed() -> None:
 
 def sft_config(tiny: Any, output: Path, **train: Any) -> RunConfig:
     """Four steps of SFT whose learning rate breaks the model in the first."""
-    sections = {"data": {"eval": ()}, "checkpoint": {"every": 1}, "train": {"steps": 4, **train}}
+    train = {"steps": 4, "max_skipped_steps": 0, **train}
+    sections = {"data": {"eval": ()}, "checkpoint": {"every": 1}, "train": train}
     return RunConfig.model_validate(tiny.config("sft", output, optim={"lr": 1e30, "grad_clip": 0.0}, **sections))
 
 
@@ -62,6 +63,7 @@ def test_the_command_ends_with_exit_code_6(tiny: Any, tmp_path: Path, capsys: py
         "train.output": str(tmp_path / "run"),
         "data.max_length": "160",
         "train.steps": "3",
+        "train.max_skipped_steps": "0",
         "train.batch_size": "2",
         "optim.lr": "1e30",
         "optim.schedule": "constant",

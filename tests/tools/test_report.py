@@ -50,12 +50,12 @@ def test_a_report_holds_all_that_the_folder_holds(fake_run):
 
 def test_a_growing_file_is_read_on_and_a_torn_line_waits_for_its_end(fake_run):
     run = read(fake_run.folder)
-    before = len(run.records)
+    before = len(run.metrics.rows)
     read_records(run)
-    assert len(run.records) == before
+    assert len(run.metrics.rows) == before
     fake_run.append('ep": 13, "reward": 2.0}')
     read_records(run)
-    assert run.records[before:] == [{"kind": "ppo", "step": 13, "reward": 2.0}]
+    assert run.metrics.rows[before:] == [{"kind": "ppo", "step": 13, "reward": 2.0}]
     assert run.notes == []
 
 
@@ -64,7 +64,7 @@ def test_a_replaced_file_is_read_anew(fake_run):
     (fake_run.folder / "metrics.jsonl").unlink()
     fake_run.steps(1, 2)
     read_records(run)
-    assert [row["step"] for row in run.records] == [1, 2]
+    assert [row["step"] for row in run.metrics.rows] == [1, 2]
 
 
 def test_damaged_lines_are_left_out_and_named(fake_run):
@@ -79,7 +79,7 @@ def test_damaged_lines_are_left_out_and_named(fake_run):
     fake_run.folder.joinpath("metrics.jsonl").unlink()
     fake_run.steps(1, 1).append(*bad).steps(2, 2)
     run = read(fake_run.folder)
-    assert [row["step"] for row in run.records] == [1, 2]
+    assert [row["step"] for row in run.metrics.rows] == [1, 2]
     assert len(run.notes) == len(bad)
     assert run.notes[0] == "metrics.jsonl, line 2, is left out: not JSON"
 
@@ -122,6 +122,23 @@ def test_what_is_no_number_is_a_gap_and_counted(fake_run):
     assert (curve["bad"], curve["num_bad"]) == ([2], 1)
     odd = curves(rows([math.nan, math.inf, 1.0, "text", None, True, 10**400]))["ppo"]["reward"]
     assert odd["y"] == [None, None, 1.0, None, None, None, None]
+
+
+def test_timing_is_read_beside_the_metrics_and_wins(fake_run):
+    timing = [{"kind": "ppo", "step": step, "seconds": 5.0, "rollout_seconds": 3.0} for step in range(1, 13)]
+    fake_run.lines("timing.jsonl", timing)
+    tree = tree_of(fake_run.folder)
+    assert tree["curves"]["timing"]["seconds"]["last"] == 5.0
+    assert "seconds" not in tree["curves"]["ppo"]
+    assert tree["phases"]["names"] == ["rollout", "rest"]
+
+
+def test_quantiles_of_one_thing_share_a_chart():
+    (group,) = charts(["reward", "reward_min", "reward_p10", "reward_max", "reward_std", "margin_max"])
+    shown = {chart["title"]: chart["metrics"] for chart in group["charts"]}
+    assert shown["reward: range"] == ["reward_min", "reward_p10", "reward_max"]
+    assert shown["margin_max"] == ["margin_max"]
+    assert (shown["reward"], shown["reward_std"]) == (["reward"], ["reward_std"])
 
 
 def test_unknown_metrics_are_shown_and_each_metric_once(fake_run):
@@ -213,11 +230,14 @@ def test_histograms_come_from_rollouts_or_samples_where_records_have_none():
 
 
 def test_times_of_phases_and_what_is_left_add_up(fake_run):
-    found = phases(read(fake_run.folder).records)
+    found = phases(read(fake_run.folder).metrics.rows)
     assert found["names"] == ["rollout", "update", "rest"]
     assert found["totals"] == [12.0, 6.0, 6.0]
     assert found["bars"][0] == {"from": 1, "to": 1, "means": [1.0, 0.5, 0.5]}
     assert phases([{"kind": "ppo", "step": 1, "seconds": 3.0}])["names"] == ["step"]
+    measured = {"seconds": 3.0, "rollout_seconds": 1.0, "other_seconds": 2.0, "rollout_tokens_per_second": 9.0}
+    found = phases([{"kind": "ppo", "step": 1, **measured}, {"kind": "ppo", "step": 2, **measured}])
+    assert (found["names"], found["totals"]) == (["rollout", "other"], [2.0, 4.0])
 
 
 def test_the_configuration_shows_what_was_set_and_no_more(tmp_path):

@@ -42,6 +42,22 @@ function observe(card) {
   sized.observe(card);
 }
 
+/** Replaces what a node holds, charts included; those that were in view are drawn at once, so that nothing flickers. */
+function fillWithCharts(node, ...children) {
+  const drawn = new Set();
+  for (const card of node.querySelectorAll(".chart")) {
+    if (shownCharts.delete(card)) drawn.add(card.dataset.metric);
+    seen.unobserve(card);
+    sized.unobserve(card);
+  }
+  fill(node, ...children);
+  for (const card of node.querySelectorAll(".chart")) {
+    if (!drawn.has(card.dataset.metric)) continue;
+    shownCharts.add(card);
+    card.draw();
+  }
+}
+
 function redraw() {
   for (const card of shownCharts) card.isConnected ? card.draw() : shownCharts.delete(card);
 }

@@ -37,10 +37,12 @@ function section(id, title, shown, build) {
     page.append(built[id].node);
   }
   if (built[id].text === text) return;
-  const content = shown === null ? null : build();
+  const content = build();
+  const isTyping = document.activeElement?.id === "search" && built[id].node.contains(document.activeElement);
   built[id].text = text;
   built[id].title = title;
-  fill(built[id].node, content ? [title ? el("h2", {}, title) : null, content].flat() : null);
+  fillWithCharts(built[id].node, content ? [title ? el("h2", {}, title) : null, content].flat() : null);
+  if (isTyping) document.getElementById("search")?.focus();
   built[id].isShown = Boolean(content);
 }
 
@@ -74,10 +76,11 @@ async function poll(seen) {
       const { data, version: found } = await response.json();
       render(data, fetchRollouts);
       version = found;
-    } else if (response.status !== 204) throw new Error(`status ${response.status}`);
-    show("live", "live");
+    }
+    if (response.ok) show("live", "live");
+    else show((await response.json()).error, "lost");
   } catch (error) {
-    show("no answer: has `ppomax watch` ended?", "lost");
+    show("no answer: has ppomax watch ended?", "lost");
   }
   setTimeout(() => poll(version), document.hidden ? 5 * POLL_MS : POLL_MS);
 }

@@ -1,6 +1,7 @@
 // Groups of charts, reward histograms, time by phase, and samples side by side.
 
-const RUN_DASHES = { main: null, ref: "5 3" };
+const DASHES = [null, "5 3", "2 2", "9 3 2 3", "1 3"];
+const TONES = [0, 2, 3, 4, 5, 6, 7];
 
 /** Lines of one chart: each run's stage and held-out evaluations, each metric of the chart. */
 function linesOf(data, metrics) {
@@ -13,8 +14,9 @@ function linesOf(data, metrics) {
         if (!curve) continue;
         const isHeldOut = kind === "evaluation";
         const label = [isOne ? null : run.name, metric, isHeldOut ? "held out" : null].filter(Boolean).join(", ");
-        const tone = isOne ? (isHeldOut ? 1 : m ? 2 : 0) : number;
-        lines.push({ label, curve, color: color(tone), dash: m ? RUN_DASHES.ref : RUN_DASHES.main, dots: isHeldOut });
+        const tone = isOne ? (isHeldOut ? 1 : TONES[m % TONES.length]) : number;
+        const dash = DASHES[isOne ? Number(metric.startsWith("ref_")) : m % DASHES.length];
+        lines.push({ label, curve, color: color(tone), dash, dots: isHeldOut });
       }
     });
   });
@@ -45,13 +47,13 @@ function allMetrics(data, view) {
     const groups = data.groups
       .map((group) => ({ ...group, charts: group.charts.filter((one) => one.title.includes(view.search)) }))
       .filter((group) => group.charts.length);
-    fill(body, groups.map((group) => el("details", { class: "group", open: view.search !== "" || !view.closed.has(group.title),
+    fillWithCharts(body, groups.map((group) => el("details", { class: "group", open: view.search !== "" || !view.closed.has(group.title),
       ontoggle: (event) => { if (!view.search) view.closed[event.target.open ? "delete" : "add"](group.title); } },
       el("summary", {}, group.title, el("small", {}, ` ${group.charts.length}`)), grid(data, group.charts, view))));
-    if (!groups.length) fill(body, el("p", { class: "muted" }, "No metric has this text in its name."));
+    if (!groups.length) fillWithCharts(body, el("p", { class: "muted" }, "No metric has this text in its name."));
   };
   show();
-  const search = el("input", { type: "search", placeholder: "find a metric", "aria-label": "find a metric", value: view.search,
+  const search = el("input", { id: "search", type: "search", placeholder: "find a metric", "aria-label": "find a metric", value: view.search,
     oninput: (event) => { view.search = event.target.value.trim(); show(); } });
   return [search, body];
 }

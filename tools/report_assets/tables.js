@@ -25,7 +25,7 @@ function runCards(runs) {
       el("p", { class: "path" }, run.folder),
       share === null ? null : el("progress", { max: 1, value: share, "aria-label": "steps done" }),
       el("div", { class: "facts" },
-        fact("stage", run.stage), fact("step", format(run.step) + (run.num_steps ? ` of ${format(run.num_steps)}` : "")),
+        fact("stage", run.stage || "\u2013"), fact("step", format(run.step) + (run.num_steps ? ` of ${format(run.num_steps)}` : "")),
         fact("time", duration(run.seconds)),
         fact("events", run.num_events ? `${run.num_events}${severe ? `, ${severe} severe` : ""}` : "none",
           severe ? "severe" : run.num_events ? "warning" : "")),
@@ -39,7 +39,7 @@ function fact(name, value, kind = "") {
 
 /** One run: first and last values with the extremes. Several: the last value of each. */
 function finals(runs) {
-  const stage = (run) => run.curves[run.stage] || {};
+  const stage = (run) => ({ ...run.curves[run.stage], ...run.curves.timing });
   const names = [...new Set(runs.flatMap((run) => Object.keys(stage(run))))];
   if (!names.length) return null;
   if (runs.length > 1)
