@@ -32,8 +32,9 @@ INLINE float exp_(float x) {
   return p * power.f;
 }
 
-void rms_norm(const float *x, int64_t x_stride, const float *weight, float *y, int64_t rows, int64_t size, float eps,
-              int threads) {
+// scales [rows] gets the factors of the rows, unless it is null.
+void rms_norm(const float *x, int64_t x_stride, const float *weight, float *y, float *scales, int64_t rows,
+              int64_t size, float eps, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t n = 0; n < rows; n++) {
     const float *in = x + n * x_stride;
@@ -41,9 +42,43 @@ void rms_norm(const float *x, int64_t x_stride, const float *weight, float *y, i
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < size; i++) squares += in[i] * in[i];
     const float scale = 1 / sqrtf(squares / size + eps);
+    if (scales) scales[n] = scale;
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) out[i] = in[i] * scale * weight[i];
   }
+}
+
+// Rows whose share of the weight's gradient is one row of `parts` [ceil(rows / NORM_ROWS), size]; rms_norm_c.py has it
+// too.
+#define NORM_ROWS 64
+
+// grad_x [rows, size] and the parts, which add up to the weight's gradient; see rms_norm_reference.backward.
+void rms_norm_backward(const float *grad, int64_t grad_stride, const float *x, int64_t x_stride, const float *weight,
+                       const float *scales, float *grad_x, float *parts, int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t block = 0; block < (rows + NORM_ROWS - 1) / NORM_ROWS; block++) {
+    const int64_t begin = block * NORM_ROWS, end = begin + NORM_ROWS < rows ? begin + NORM_ROWS : rows;
+    float *part = parts + block * size;
+    for (int64_t i = 0; i < size; i++) part[i] = 0;
+    for (int64_t n = begin; n < end; n++) {
+      const float *g = grad + n * grad_stride, *in = x + n * x_stride, scale = scales[n];
+      float *out = grad_x + n * size, mean = 0;
+#pragma omp simd reduction(+ : mean)
+      for (int64_t i = 0; i < size; i++) mean += g[i] * weight[i] * in[i];
+      mean *= scale * scale / size;
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) {
+        out[i] = scale * (g[i] * weight[i] - in[i] * mean);
+        part[i] += g[i] * in[i] * scale;
+      }
+    }
+  }
+}
+
+// 1 / (1 + e^-x)
+INLINE float sigmoid(float x) {
+  const float negative = x > 87.0f ? -87.0f : -x;
+  return 1 / (1 + exp_(negative > 87.0f ? 87.0f : negative));
 }
 
 void swiglu(const float *gate_up, int64_t stride, float *y, int64_t rows, int64_t size, int threads) {
@@ -52,9 +87,22 @@ void swiglu(const float *gate_up, int64_t stride, float *y, int64_t rows, int64_
     const float *gate = gate_up + n * stride, *up = gate + size;
     float *out = y + n * size;
 #pragma omp simd
+    for (int64_t i = 0; i < size; i++) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+  }
+}
+
+// grad_gate_up [rows, 2 * size]; see swiglu_reference.backward.
+void swiglu_backward(const float *grad, int64_t grad_stride, const float *gate_up, int64_t stride, float *grad_gate_up,
+                     int64_t rows, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < rows; n++) {
+    const float *g = grad + n * grad_stride, *gate = gate_up + n * stride, *up = gate + size;
+    float *out = grad_gate_up + n * 2 * size;
+#pragma omp simd
     for (int64_t i = 0; i < size; i++) {
-      const float negative = gate[i] > 87.0f ? -87.0f : -gate[i];
-      out[i] = gate[i] / (1 + exp_(negative > 87.0f ? 87.0f : negative)) * up[i];
+      const float s = sigmoid(gate[i]), active = gate[i] * s;
+      out[i] = g[i] * up[i] * (s + active * (1 - s));
+      out[size + i] = g[i] * active;
     }
   }
 }
@@ -65,6 +113,26 @@ INLINE void rotate(const float *x, const float *cos, const float *sin, float *y,
     const float a = x[i], b = x[half + i];
     y[i] = a * cos[i] - b * sin[i];
     y[half + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+// y [N, heads, d] contiguous: x rotated by the angles of cos and sin [N, d / 2], or, with sign -1, back.
+void rope(const float *x, int64_t token_stride, int64_t head_stride, const float *cos, int64_t cos_stride,
+          const float *sin, int64_t sin_stride, float *y, int64_t tokens, int64_t heads, int64_t d, float sign,
+          int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t n = 0; n < tokens; n++) {
+    const float *c = cos + n * cos_stride, *s = sin + n * sin_stride;
+    for (int64_t h = 0; h < heads; h++) {
+      const float *in = x + n * token_stride + h * head_stride;
+      float *out = y + (n * heads + h) * d;
+#pragma omp simd
+      for (int64_t i = 0; i < d / 2; i++) {
+        const float a = in[i], b = in[d / 2 + i], t = sign * s[i];
+        out[i] = a * c[i] - b * t;
+        out[d / 2 + i] = b * c[i] + a * t;
+      }
+    }
   }
 }
 
@@ -104,30 +172,56 @@ INLINE void find(const Pages *pages, const int32_t *table, int64_t start, int64_
   for (int64_t i = num; i < KEYS; i++) places[i] = places[num - 1];
 }
 
-// Sixteen neighbouring numbers; a compiler for narrower processors splits it.
-typedef float vec __attribute__((vector_size(64), aligned(4)));
+// As many neighbouring numbers as a register holds: compilers make code many times slower of vectors that are wider.
+#if defined(__AVX512F__)
 #define LANES 16
+#define SHUFFLE_EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define SHUFFLE_ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define SHUFFLE_EVEN_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define SHUFFLE_ODD_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define SHUFFLE_EVEN_FOURS 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define SHUFFLE_ODD_FOURS 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define SHUFFLE_EVEN_EIGHTS 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define SHUFFLE_ODD_EIGHTS 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#elif defined(__AVX__)
+#define LANES 8
+#define SHUFFLE_EVEN 0, 8, 2, 10, 4, 12, 6, 14
+#define SHUFFLE_ODD 1, 9, 3, 11, 5, 13, 7, 15
+#define SHUFFLE_EVEN_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
+#define SHUFFLE_ODD_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
+#define SHUFFLE_EVEN_FOURS 0, 1, 2, 3, 8, 9, 10, 11
+#define SHUFFLE_ODD_FOURS 4, 5, 6, 7, 12, 13, 14, 15
+#else
+#define LANES 4
+#define SHUFFLE_EVEN 0, 4, 2, 6
+#define SHUFFLE_ODD 1, 5, 3, 7
+#define SHUFFLE_EVEN_PAIRS 0, 1, 4, 5
+#define SHUFFLE_ODD_PAIRS 2, 3, 6, 7
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 #define LOAD(p) (*(const vec *)(p))
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-typedef int32_t lanes __attribute__((vector_size(64)));
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
 #endif
+// Halves the number of vectors: sums of neighbours among those of x[2 i], x[2 i + 1].
+#define FOLD(x, num, even, odd)                                                                                        \
+  for (int i = 0; i < (num) / 2; i++)                                                                                  \
+  x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], even) + SHUFFLE(x[2 * i], x[2 * i + 1], odd)
 
 // Lane i of the result is the sum of the lanes of x[i]. Overwrites x.
 INLINE vec lane_sums(vec *x) {
-  for (int i = 0; i < 8; i++)
-    x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           SHUFFLE(x[2 * i], x[2 * i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  for (int i = 0; i < 4; i++)
-    x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           SHUFFLE(x[2 * i], x[2 * i + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  for (int i = 0; i < 2; i++)
-    x[i] = SHUFFLE(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-           SHUFFLE(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  return SHUFFLE(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         SHUFFLE(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  FOLD(x, LANES, SHUFFLE_EVEN, SHUFFLE_ODD);
+  FOLD(x, LANES / 2, SHUFFLE_EVEN_PAIRS, SHUFFLE_ODD_PAIRS);
+#if LANES >= 8
+  FOLD(x, LANES / 4, SHUFFLE_EVEN_FOURS, SHUFFLE_ODD_FOURS);
+#endif
+#if LANES >= 16
+  FOLD(x, LANES / 8, SHUFFLE_EVEN_EIGHTS, SHUFFLE_ODD_EIGHTS);
+#endif
+  return x[0];
 }
 
 // Of one query row: its running sum of values, divided by `total` at the end, and what the scores were taken from.
@@ -162,18 +256,23 @@ INLINE void exponentiate(Row *row, float *scores, int64_t seen, const int parts)
   for (int i = 0; i < parts; i++) *(vec *)(row->sums + i * LANES) *= decay;
 }
 
+#define CHAINS 4 // vectors of sums that stay in registers, twice
+
 INLINE void add_values(float *sums, const float *scores, const float *values, const int64_t *places, int64_t seen,
                        const int parts) {
-  vec even[parts], odd[parts]; // two chains of additions run beside each other
-  for (int i = 0; i < parts; i++) even[i] = LOAD(sums + i * LANES), odd[i] = (vec){0};
-  for (int64_t t = 0; t + 1 < seen; t += 2)
-    for (int i = 0; i < parts; i++) {
-      even[i] += scores[t] * LOAD(values + places[t] + i * LANES);
-      odd[i] += scores[t + 1] * LOAD(values + places[t + 1] + i * LANES);
+  for (int from = 0; from < parts; from += CHAINS) {
+    const int to = parts - from < CHAINS ? parts : from + CHAINS;
+    vec even[CHAINS], odd[CHAINS]; // two chains of additions run beside each other
+    for (int i = from; i < to; i++) even[i - from] = LOAD(sums + i * LANES), odd[i - from] = (vec){0};
+    for (int64_t t = 0; t + 1 < seen; t += 2)
+      for (int i = from; i < to; i++) {
+        even[i - from] += scores[t] * LOAD(values + places[t] + i * LANES);
+        odd[i - from] += scores[t + 1] * LOAD(values + places[t + 1] + i * LANES);
+      }
+    for (int i = from; i < to; i++) {
+      if (seen % 2) even[i - from] += scores[seen - 1] * LOAD(values + places[seen - 1] + i * LANES);
+      *(vec *)(sums + i * LANES) = even[i - from] + odd[i - from];
     }
-  for (int i = 0; i < parts; i++) {
-    if (seen % 2) even[i] += scores[seen - 1] * LOAD(values + places[seen - 1] + i * LANES);
-    *(vec *)(sums + i * LANES) = even[i] + odd[i];
   }
 }
 
@@ -234,10 +333,10 @@ void paged_attention(const float *query, const float *key_pages, const float *va
 #define ATTEND(P)                                                                                                      \
   attend(&pages, table, column / heads * group_stride, query + at, output + at, all * d, num * wide, wide, heads,      \
          first, scale, P)
-        switch (d / LANES) { // known sizes stay in registers
-        case 2: ATTEND(2); break;
-        case 4: ATTEND(4); break;
-        case 8: ATTEND(8); break;
+        switch (d) { // known sizes stay in registers
+        case 32: ATTEND(32 / LANES); break;
+        case 64: ATTEND(64 / LANES); break;
+        case 128: ATTEND(128 / LANES); break;
         default: ATTEND(d / LANES);
         }
       }
@@ -418,28 +517,34 @@ void filter_scores(float *scores, int64_t *space, int64_t rows, int64_t columns,
   }
 }
 
-#define WIDE 32 // columns of a panel
-#define TALL 12 // rows that share a panel's numbers in registers
+#define WIDE 32           // columns of a panel
+#define NARROW (2 * LANES) // of which so many are summed at a time
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TALL 12 // rows that share a panel's numbers: 2 * TALL sums in 32 registers
+#else
+#define TALL 6 // in 16
+#endif
 
-// Some rows of y (+)= x panel, for a panel [size, WIDE]; `next` of the `more` numbers behind it that are wanted soon.
+// Some rows of y (+)= x panel, for NARROW columns of a panel [size, WIDE]; `next` is
+// what is wanted soon, of which `step` numbers are fetched for each k.
 INLINE void multiply(const float *x, const float *panel, float *y, int64_t size, int64_t stride, int64_t columns,
                      int64_t adds, const float *next, int64_t step, const int rows) {
-  vec sum[TALL][WIDE / LANES]; // in registers: hence the unrolled loops
+  vec sum[TALL][2]; // in registers: hence the unrolled loops
 #pragma GCC unroll 12
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 12
-    for (int c = 0; c < WIDE / LANES; c++) sum[r][c] = (vec){0};
+  for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){0};
   for (int64_t k = 0; k < size; k++) {
-    for (int64_t i = 0; i < step; i += LANES) __builtin_prefetch(next + k * step + i, 0, 2);
+    for (int64_t i = 0; i < step; i += 16) __builtin_prefetch(next + k * step + i, 0, 2);
+    const vec left = LOAD(panel + k * WIDE), right = LOAD(panel + k * WIDE + LANES);
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 12
-      for (int c = 0; c < WIDE / LANES; c++) sum[r][c] += x[r * size + k] * LOAD(panel + k * WIDE + c * LANES);
+    for (int r = 0; r < rows; r++) {
+      sum[r][0] += x[r * size + k] * left;
+      sum[r][1] += x[r * size + k] * right;
+    }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < rows; r++) {
-    float out[WIDE];
-    for (int c = 0; c < WIDE / LANES; c++) *(vec *)(out + c * LANES) = sum[r][c];
+    float out[NARROW];
+    *(vec *)out = sum[r][0], *(vec *)(out + LANES) = sum[r][1];
     float *to = y + r * stride;
     if (adds)
       for (int64_t c = 0; c < columns; c++) to[c] += out[c];
@@ -454,29 +559,34 @@ void product(const float *x, const float *panels, float *y, int64_t rows, int64_
              int threads) {
   if (rows == 0) return;
   const int64_t tiles = (rows + TALL - 1) / TALL, num = (columns + WIDE - 1) / WIDE;
-  // Each tile of rows fetches its part of the next panel, a multiple of LANES numbers for each k.
-  const int64_t step = (WIDE / tiles + LANES - 1) / LANES * LANES;
+  // Each tile of rows fetches its part of the next panel, a multiple of 16 numbers (a cache line) for each k.
+  const int64_t step = (WIDE / tiles + 15) / 16 * 16;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t p = 0; p < num; p++) {
     const float *panel = panels + p * size * WIDE, *behind = p + 1 < num ? panel + size * WIDE : panel;
-    const int64_t wide = columns - p * WIDE < WIDE ? columns - p * WIDE : WIDE;
     for (int64_t t = 0; t < tiles; t++) {
       const float *from = x + t * TALL * size, *next = behind + t * step * size % (size * WIDE);
-      float *to = y + t * TALL * columns + p * WIDE;
-#define MULTIPLY(R) multiply(from, panel, to, size, columns, wide, adds, next, t * step < WIDE ? step : 0, R)
-      switch (rows - t * TALL) {
-      case 1: MULTIPLY(1); break;
-      case 2: MULTIPLY(2); break;
-      case 3: MULTIPLY(3); break;
-      case 4: MULTIPLY(4); break;
-      case 5: MULTIPLY(5); break;
-      case 6: MULTIPLY(6); break;
-      case 7: MULTIPLY(7); break;
-      case 8: MULTIPLY(8); break;
-      case 9: MULTIPLY(9); break;
-      case 10: MULTIPLY(10); break;
-      case 11: MULTIPLY(11); break;
-      default: MULTIPLY(TALL);
+      for (int64_t c = 0; c < WIDE && p * WIDE + c < columns; c += NARROW) {
+        const int64_t left = columns - p * WIDE - c, wide = left < NARROW ? left : NARROW;
+        float *to = y + t * TALL * columns + p * WIDE + c;
+        const int64_t fetched = c == 0 && t * step < WIDE ? step : 0;
+#define MULTIPLY(R) multiply(from, panel + c, to, size, columns, wide, adds, next, fetched, R)
+        switch (rows - t * TALL) {
+        case 1: MULTIPLY(1); break;
+        case 2: MULTIPLY(2); break;
+        case 3: MULTIPLY(3); break;
+        case 4: MULTIPLY(4); break;
+        case 5: MULTIPLY(5); break;
+#if TALL > 6
+        case 6: MULTIPLY(6); break;
+        case 7: MULTIPLY(7); break;
+        case 8: MULTIPLY(8); break;
+        case 9: MULTIPLY(9); break;
+        case 10: MULTIPLY(10); break;
+        case 11: MULTIPLY(11); break;
+#endif
+        default: MULTIPLY(TALL);
+        }
       }
     }
   }

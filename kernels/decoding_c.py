@@ -51,7 +51,7 @@ def add_product(y: Tensor, x: Tensor, weight: Panels) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape)
-    call("rms_norm", x, x.stride(0), weight, y, *x.shape, eps)
+    call("rms_norm", x, x.stride(0), weight, y, 0, *x.shape, eps)
     return y
 
 

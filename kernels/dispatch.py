@@ -2,7 +2,8 @@
 
 Every operation `<op>` has three files: `<op>.py` (the public function: checks, custom operator, autograd),
 `<op>_reference.py` (the equation in torch, the definition) and `<op>_triton.py` (kernels and launchers). The last two
-offer functions of the same names. Some forward passes, those of generation, have a C version for CPUs besides.
+offer functions of the same names, and so does `<op>_c.py` for those of C_OPS: C kernels for CPUs. Some forward passes,
+those of generation, have C kernels of their own (decoding_c.py, sampling_c.py).
 Nothing here imports triton: a process that never uses a Triton version never loads it.
 
 The environment variable PPOMAX_KERNELS narrows the choice: "reference" leaves the torch references, "cpu" what a
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor
 
 from ppomax.kernels import native
+
+C_OPS = ("rms_norm", "rope", "swiglu")
+"""Operations with a C version for `implementation` to choose."""
 
 
 def use_triton(*tensors: Tensor | None) -> bool:
@@ -47,8 +51,10 @@ def use_c(*tensors: Tensor | None) -> bool:
 
 
 def implementation(op: str, *tensors: Tensor | None) -> ModuleType:
-    """The module that computes `op` on these tensors: `<op>_triton` if `use_triton` says so, else `<op>_reference`."""
-    version = "triton" if use_triton(*tensors) else "reference"
+    """The module that computes `op` on these tensors: `<op>_triton` if `use_triton` says so, `<op>_c` if it is of C_OPS
+    and `use_c` says so, else `<op>_reference`.
+    """
+    version = "triton" if use_triton(*tensors) else "c" if op in C_OPS and use_c(*tensors) else "reference"
     return import_module(f"ppomax.kernels.{op}_{version}")
 
 

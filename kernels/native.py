@@ -34,8 +34,11 @@ COMPILE_SECONDS = 120
 
 
 SIGNATURES = {
-    "rms_norm": "pippiif",
+    "rms_norm": "pipppiif",
+    "rms_norm_backward": "pipippppii",
     "swiglu": "pipii",
+    "swiglu_backward": "pipipii",
+    "rope": "piipipipiiif",
     "rope_store": "pppppppiiii",
     "paged_attention": "pppppppiiiiiiiiif",
     "sample": "pppppiiiii",

@@ -20,6 +20,7 @@ from ppomax.kernels.rms_norm import rms_norm
 from ppomax.kernels.rope import rope
 from ppomax.kernels.swiglu import swiglu
 
+HAS_C = True
 EPS = 1e-5
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 """Errors that are allowed, relative to the largest entry: for 16-bit types a rounding of what was computed in fp32."""
