@@ -84,6 +84,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return peer.exit_code
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process. After an error of one of several ranks at once: what belongs to the process group may wait,
+    while the interpreter ends, for ranks that never answer.
+    """
+    if code != 0 and _is_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def command() -> NoReturn:
+    """What `ppomax` runs."""
+    leave(main())
+
+
 def exit_codes() -> str:
     """The table of `ppomax help exit-codes`."""
     rows = [
@@ -297,4 +313,4 @@ def _local_rank() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -32,6 +32,7 @@ from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.environment import settings
 from ppomax.engine.parallel.groups import RoleGroups
 from ppomax.engine.parallel.stop_signal import StopSignal
+from ppomax.engine.parallel.watchdog import Watchdog
 from ppomax.engine.plan.run import MemoryMeter, plan_run
 from ppomax.engine.plan.summary import measured_lines, plan_record, summary_lines
 from ppomax.engine.ppo.evaluation import EVALUATION_STEP
@@ -84,6 +85,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
     plan = plan_run(config, command, world_size, vocab_size=lambda: tokenizer.vocab_size)
     device = start(config.parallel.timeout_seconds, agreed=settings(config))
     stop_signal, stopped = StopSignal(config.train.stop_seconds), None
+    watchdog = Watchdog(config.parallel.timeout_seconds)
     try:
         meter = MemoryMeter(device)
         groups = role_groups(config)
@@ -121,6 +123,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
             log.say(line)
         log.write_json("plan.json", plan_record(plan, peaks, what=meter.what))
     except BaseException as error:
+        watchdog.explain(error)
         # Peers may wait in a collective: leaving the group could wait for them in turn. The process ends, and torchrun
         # ends the others.
         if dist.get_world_size() == 1:
@@ -132,6 +135,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
                 "(`ppomax plan` tries changes)"
             ) from error
         raise
+    watchdog.stop()
     stop()
     if stopped is not None:
         raise stopped

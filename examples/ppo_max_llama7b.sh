@@ -6,8 +6,8 @@ PATH="$PATH:$(dirname "$0")/../.venv/bin" exec torchrun --standalone --nproc-per
 import sys
 from pathlib import Path
 
-from ppomax.engine.cli import main
+from ppomax.engine.cli import leave, main
 
 if __name__ == "__main__":
     config = Path(__file__).parent / "configs" / "ppo_max_llama7b.toml"
-    sys.exit(main(["ppo", str(config), *sys.argv[1:]]))
+    leave(main(["ppo", str(config), *sys.argv[1:]]))

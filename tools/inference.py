@@ -21,6 +21,7 @@ from ppomax.engine.models.roles import Role, load_role, role_groups
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.parallel.environment import settings
 from ppomax.engine.parallel.layout import check_layout
+from ppomax.engine.parallel.watchdog import Watchdog
 
 JOINERS = "\u200c\u200d"
 """Format characters that change nothing but the shape of letters and emoji."""
@@ -98,13 +99,16 @@ def load_model(config: RunConfig, template: Template) -> Model:
 def joined_ranks(config: RunConfig) -> Iterator[None]:
     """The ranks of this run are one process group until the end of the body. Every rank must call it."""
     start(config.parallel.timeout_seconds, agreed=settings(config))
+    watchdog = Watchdog(config.parallel.timeout_seconds)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        watchdog.explain(error)
         # As in a stage: peers may wait in a collective, and leaving the group could wait for them in turn.
         if dist.get_world_size() == 1:
             stop()
         raise
+    watchdog.stop()
     stop()
 
 

@@ -1,6 +1,7 @@
 """Failing together: an error on one rank becomes an error on every rank, so that nobody is left waiting."""
 
 import contextlib
+import datetime
 import traceback
 from collections.abc import Iterator
 
@@ -11,6 +12,15 @@ from ppomax.engine.errors import PeerFailedError, PpomaxError
 
 SIGNS_OF_A_LOST_PEER = ("by peer", "Broken pipe", "Timed out waiting", "timeout caused pair closure")
 """Parts of the messages with which gloo says that another process is gone or does not answer."""
+NCCL_GRACE = 30
+"""Seconds that the watchdog has to end the ranks before NCCL does."""
+
+
+def collective_timeout(timeout_seconds: int) -> datetime.timedelta:
+    """What process groups are given as timeout. At its end NCCL ends the process, without a word about the others: the
+    watchdog (watchdog.py), which names them after timeout_seconds, comes before.
+    """
+    return datetime.timedelta(seconds=timeout_seconds + (NCCL_GRACE if torch.cuda.is_available() else 0))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ppomax.engine.errors import ConfigError, PeerFailedError
 from ppomax.engine.parallel.agent import end_with_agent
+from ppomax.engine.parallel.collectives import collective_timeout
 from ppomax.engine.parallel.environment import check_same_everywhere, keep_to_this_host, versions
 
 
@@ -49,7 +50,7 @@ def start(timeout_seconds: int, *, agreed: Mapping[str, str] | None = None) -> t
         cpu_backend.install()
         device = torch.device("cpu")
     if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_seconds)
+        timeout = collective_timeout(timeout_seconds)
         keep_to_this_host()
         world = join_store(timeout)
         if world["world_size"] > 1:

@@ -11,6 +11,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from ppomax.engine.parallel.collectives import collective_timeout
 from ppomax.engine.parallel.layout import ParallelLayout
 
 
@@ -86,7 +87,7 @@ def make_groups(layouts: dict[str, ParallelLayout], *, timeout_seconds: int = 60
 
     timeout_seconds: a collective that takes longer fails. torch would not take it from the default group.
     """
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    timeout = collective_timeout(timeout_seconds)
     made: dict[ParallelLayout, RoleGroups] = {}
     for layout in layouts.values():
         if layout not in made:

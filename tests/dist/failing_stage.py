@@ -1,4 +1,5 @@
-"""Run by torchrun: `ppomax ARGUMENTS`, in which one rank dies or raises in a phase of the first PPO iteration.
+"""Run by torchrun: `ppomax ARGUMENTS`, in which one rank dies, raises, stops or sleeps in a phase of the first PPO
+iteration.
 
 failing_stage.py PHASE KIND RANK FILE ARGUMENTS...; the time of the failure goes into FILE.
 """
@@ -26,7 +27,7 @@ PLACES = {
 }
 
 
-def main() -> int:
+def main() -> None:
     phase, kind, rank, file, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
     if os.environ["RANK"] == rank:
@@ -36,7 +37,8 @@ def main() -> int:
         for parent in parents:
             owner = getattr(owner, parent)
         setattr(owner, name, failure(kind, Path(file)))
-    return import_module("ppomax.engine.cli").main(arguments)
+    cli = import_module("ppomax.engine.cli")
+    cli.leave(cli.main(arguments))
 
 
 def failure(kind: str, file: Path) -> Callable[..., Any]:
@@ -44,10 +46,14 @@ def failure(kind: str, file: Path) -> Callable[..., Any]:
         file.write_text(str(time.time()))
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "sleep":
+            time.sleep(3600)
         raise OSError("the test's own failure")
 
     return fail
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
