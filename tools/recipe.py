@@ -25,6 +25,7 @@ from ppomax.engine.errors import ConfigError, PpomaxError, RunStopped
 from ppomax.engine.parallel.layout import check_layout
 from ppomax.engine.stage import stage_function
 from ppomax.tools.plots import plot_recipe
+from ppomax.tools.report import write_report
 
 MARKER = "recipe.json"
 CHAINED = ("model.policy", "model.reward", "model.critic", "model.reference", "train.output")
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 def run_recipe(
     configs: Path, output: Path, *, overrides: Sequence[str] = (), gold: Gold | None = None
 ) -> dict[str, Any]:
-    """Runs the five stages and writes summary.json, samples.md and plots/; returns the summary.
+    """Runs the five stages and writes summary.json, report.html, samples.md and plots/; returns the summary.
 
     gold: the data generator's own rule, (texts of the prompt's turns, response) -> follows it; None where there is
     none.
@@ -73,6 +74,7 @@ def run_recipe(
     summary = _summarise(output, seconds, gold)
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
     plot_recipe(output)
+    write_report([output / "ppo"], output / "report.html")
     _write_samples(output)
     _show(summary, output)
     return summary
@@ -192,7 +194,7 @@ def _show(summary: dict[str, Any], output: Path) -> None:
         f"largest logit difference to transformers {summary['export_max_logit_diff']:.1e}; {summary['seconds']:.0f} s",
         highlight=False,
     )
-    for name in ("summary.json", "samples.md", "plots", "ppo/hf"):
+    for name in ("summary.json", "report.html", "samples.md", "plots", "ppo/hf"):
         console.print(f"wrote {output / name}", highlight=False)
 
 

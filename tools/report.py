@@ -18,12 +18,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="train.output of a stage")
     parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first RUN)")
     arguments = parser.parse_args(argv)
-    write_report(arguments.runs, arguments.output or arguments.runs[0] / "report.html")
-
-
-def write_report(folders: Sequence[Path], output: Path) -> None:
-    """Raises DataError where a folder holds no run, ConfigError where the file cannot be written."""
+    output = arguments.output or arguments.runs[0] / "report.html"
     started = time.perf_counter()
+    for note in write_report(arguments.runs, output):
+        print(note)
+    print(f"wrote {output} ({output.stat().st_size / 2**20:.2f} MiB, {time.perf_counter() - started:.1f} s)")
+
+
+def write_report(folders: Sequence[Path], output: Path) -> list[str]:
+    """Writes the file and returns what is to be said of the runs: what was thinned or left out.
+
+    Raises DataError where a folder holds no run, ConfigError where the file cannot be written.
+    """
     runs = [open_run(folder) for folder in folders]
     for run in runs:
         read_records(run)
@@ -36,7 +42,4 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         os.replace(partial, output)
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror}; name a file in a folder") from None
-    for tree in data["runs"]:
-        for note in tree["notes"]:
-            print(f"{tree['folder']}: {note}")
-    print(f"wrote {output} ({len(page.encode()) / 2**20:.2f} MiB, {time.perf_counter() - started:.1f} s)")
+    return [f"{tree['folder']}: {note}" for tree in data["runs"] for note in tree["notes"]]

@@ -88,7 +88,7 @@ def curves(records: Sequence[Row], timing: Sequence[Row] = ()) -> dict[str, dict
     found: dict[str, dict[str, Any]] = {}
     records = [*records, *({**row, "kind": TIMING} for row in timing)]
     kinds = [kind for kind in dict.fromkeys(row["kind"] for row in records) if kind != "event"]
-    for kind in kinds:
+    for kind in sorted(kinds, key=lambda kind: kind == "evaluation"):
         rows, old = split_repeated([row for row in records if row["kind"] == kind])
         names = dict.fromkeys(key for row in rows for key, value in row.items() if is_measured(key, value))
         found[kind] = {name: _curve(rows, old[-MAX_OLD:], name) for name in list(names)[:MAX_METRICS]}
@@ -129,12 +129,17 @@ def stretches(count: int, num_parts: int) -> list[tuple[int, int]]:
 
 
 def charts(names: Iterable[str]) -> list[dict[str, Any]]:
-    """Groups of charts: {title, charts: [{title, unit, metrics}]}. Each metric is in one; x and ref_x share theirs."""
+    """Groups of charts: {title, charts: [{title, unit, metrics}]}. Each metric is in one; x and ref_x share theirs, and
+    so do x_min, x_p10, x_max; x_1, x_2.
+    """
     every = list(dict.fromkeys(names))
     families: dict[str, list[str]] = {}
     for name in every:
         match, base = FAMILY.fullmatch(name), LEADING.sub("", name, count=1)
-        families.setdefault(f"{match[1]}: range" if match else base if base in every else name, []).append(name)
+        family = base if base in every else name
+        if match:
+            family = f"{match[1]}_n" if name[-2] == "_" and name[-1].isdigit() else f"{match[1]}: range"
+        families.setdefault(family, []).append(name)
     groups: dict[str, list[dict[str, Any]]] = {title: [] for title in [*dict(GROUPS), OTHER]}
     for title, members in families.items():
         members.sort(key=lambda name: bool(LEADING.match(name)))

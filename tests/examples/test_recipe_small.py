@@ -184,6 +184,7 @@ def test_a_second_run_replaces_the_first(output: Path) -> None:
     (output / "sft/left_over").write_text("of the first run")
     assert cli.main(["recipe", CONFIGS, str(output), *SMALL]) == 0
     assert not (output / "sft/left_over").exists()
-    assert {path.name for path in output.iterdir()} == {*STAGES, "plots", "recipe.json", "samples.md", "summary.json"}
+    files = {"plots", "recipe.json", "report.html", "samples.md", "summary.json"}
+    assert {path.name for path in output.iterdir()} == {*STAGES, *files}
     summary = json.loads((output / "summary.json").read_text())
     assert not {"gold_before", "gold_after"} & set(summary)  # only the quickstart knows the rule of its data

@@ -162,10 +162,12 @@ function band(curve, px, py) {
 
 function axes(x0, x1, y0, y1, isLog, px, bottom, right) {
   const group = svg("g", { class: "axes" });
-  for (const [value, place] of ticks(y0, y1, isLog)) {
+  const marks = ticks(y0, y1, isLog);
+  const apart = marks.length > 1 ? Math.abs(marks[1][0] - marks[0][0]) : 0;
+  for (const [value, place] of marks) {
     const y = bottom - ((place - y0) / (y1 - y0)) * (bottom - EDGE.top);
     group.append(svg("line", { x1: EDGE.left, x2: right, y1: y, y2: y }),
-      svg("text", { x: EDGE.left - 6, y: y + 3.5, "text-anchor": "end" }, format(value, 3)));
+      svg("text", { x: EDGE.left - 6, y: y + 3.5, "text-anchor": "end" }, tickLabel(value, isLog ? 0 : apart)));
   }
   for (const step of round(x0, x1, 5).filter(Number.isInteger))
     group.append(svg("text", { x: px(step), y: HEIGHT - 6, "text-anchor": "middle" }, format(step)));
@@ -177,6 +179,12 @@ function ticks(low, high, isLog) {
   const powers = round(low, high, 4).filter((p) => Number.isInteger(p));
   const places = powers.length > 1 ? powers : round(low, high, 4);
   return places.map((place) => [10 ** place, place]);
+}
+
+/** With as many digits as tell it from the next one, `apart` away. */
+function tickLabel(value, apart) {
+  const digits = apart > 0 && value !== 0 ? Math.floor(Math.log10(Math.abs(value))) - Math.floor(Math.log10(apart)) + 1 : 3;
+  return format(value, Math.min(8, Math.max(2, digits)));
 }
 
 /** Round numbers between two. */

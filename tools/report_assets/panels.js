@@ -13,7 +13,8 @@ function linesOf(data, metrics) {
         const curve = curves[metric];
         if (!curve) continue;
         const isHeldOut = kind === "evaluation";
-        const label = [isOne ? null : run.name, metric, isHeldOut ? "held out" : null].filter(Boolean).join(", ");
+        const name = metrics.length === 1 ? (isOne && isHeldOut ? null : isOne ? metric : null) : brief(metric, metrics);
+        const label = [isOne ? null : run.name, name, isHeldOut ? "held out" : null].filter(Boolean).join(", ");
         const tone = isOne ? (isHeldOut ? 1 : TONES[m % TONES.length]) : number;
         const dash = DASHES[isOne ? Number(metric.startsWith("ref_")) : m % DASHES.length];
         lines.push({ label, curve, color: color(tone), dash, dots: isHeldOut });
@@ -21,6 +22,12 @@ function linesOf(data, metrics) {
     });
   });
   return lines;
+}
+
+/** What tells a metric from the others of its chart: p10 of reward_p10 beside reward_p90. */
+function brief(metric, metrics) {
+  const base = metric.slice(0, metric.lastIndexOf("_") + 1);
+  return base && metrics.every((one) => one.startsWith(base)) ? metric.slice(base.length) : metric;
 }
 
 function eventMarks(data) {
@@ -123,10 +130,10 @@ function samplePanel(data, view) {
       el("div", { class: "controls" }, select("left", options, left.id, (id) => { view.left = id; show(); }),
         select("right", options, right.id, (id) => { view.right = id; show(); }),
         el("span", { class: "muted" }, `${pairs.length} held-out prompts`)),
-      pairs.slice(0, view.allSamples ? undefined : 8).map(([before, after]) => el("article", { class: "card pair" },
+      pairs.slice(0, view.allSamples ? undefined : 5).map(([before, after]) => el("article", { class: "card pair" },
         el("div", { class: "said prompt" }, before.prompt.map((turn) => el("div", {}, turn.role ? el("b", {}, turn.role + ": ") : null, turn.text))),
         el("div", { class: "sides" }, side(before, left.label), after ? side(after, right.label) : el("p", { class: "muted" }, "This prompt is not in the other evaluation.")))),
-      pairs.length > 8 && !view.allSamples ? button(`show all ${pairs.length}`, false, () => { view.allSamples = true; show(); }) : null);
+      pairs.length > 5 && !view.allSamples ? button(`show all ${pairs.length}`, false, () => { view.allSamples = true; show(); }) : null);
   };
   show();
   return body;

@@ -81,7 +81,7 @@ function configTable(data) {
   const head = ["field", ...(sameBase ? [bases[0]] : bases.map((base, n) => `${data.runs[n].name}: ${base}`)),
     ...data.runs.map((run) => run.name)];
   return table(head, rows.map((row) => [
-    el("td", { class: row.differs ? "key differs" : "key" }, row.key),
+    el("td", { class: row.differs ? "setting differs" : "setting" }, row.key),
     ...(sameBase ? [row.base[0]] : row.base).map((value) => el("td", { class: "code muted" }, value)),
     ...row.values.map((value, n) => el("td", { class: row.changed[n] ? "code changed" : "code" }, value))]), { class: "config" });
 }
