@@ -27,6 +27,7 @@ from ppomax.engine.errors import (
     DoesNotFitError,
     PeerFailedError,
     PpomaxError,
+    RewardError,
     RunStopped,
     ServiceError,
 )
@@ -55,7 +56,16 @@ TOOLS = {
     "help": "this text, or `help SECTION`, `help SECTION.FIELD`, `help exit-codes`",
     "version": "versions of ppomax and what it runs on",
 }
-ERRORS = (ConfigError, DoesNotFitError, DataError, CheckpointError, DivergedError, PeerFailedError, ServiceError)
+ERRORS = (
+    ConfigError,
+    DoesNotFitError,
+    DataError,
+    CheckpointError,
+    DivergedError,
+    PeerFailedError,
+    ServiceError,
+    RewardError,
+)
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 SECONDS_FOR_THE_FIRST_RANK = 5.0

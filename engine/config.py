@@ -5,7 +5,9 @@ overrides, and turns pydantic's complaints into `ConfigError`s. A function takes
 Fields named "source" give where the paper (arXiv 2307.04964, "P p.N") or its released code sets the value.
 """
 
+import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -62,7 +64,10 @@ class ModelConfig(Section):
     """Hugging Face folder that the policy starts from (the base model of `sft` and `reward`, the SFT model of `critic`
     and `ppo`). Empty: random weights of the shape in [model.init]."""
     reward: str = ""
-    """Hugging Face folder of the reward model (one scalar per token)."""
+    """Hugging Face folder of the reward model (one scalar per token). Empty: ppo.rewards must name other rewards."""
+    process: str = ""
+    """Hugging Face folder of the process model (one scalar per token, read at the end of each step), for a row of
+    ppo.rewards of the kind process. It has the layout of the reward model, parallel.reward."""
     critic: str = ""
     """Hugging Face folder of a pre-trained critic. Empty: ppo.critic_init decides."""
     reference: str = ""
@@ -222,10 +227,11 @@ class DataSource(Section):
     """File (.jsonl, .json, .jsonl.gz, .json.gz), or `datasets:NAME[:SPLIT]`."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the rows drawn from this source, relative to the others."""
-    format: Literal["auto", "hh", "dialogues", "pairs", "prompts", "sft"] = "auto"
+    format: Literal["auto", "hh", "dialogues", "pairs", "prompts", "sft", "steps"] = "auto"
     """hh: {"chosen": "\\n\\nHuman: ...", "rejected": ...}; dialogues: JSON list of lists of turns (released prompts and
     SFT data); pairs: JSON list of {"chosen": [turns], "rejected": [turns]} (released preference data);
-    prompts: {"prompt": ...} per line; sft: {"messages": [{"role", "content"}]} per line; auto: by the first row."""
+    prompts: {"prompt": ...} per line, perhaps with "answer"; sft: {"messages": [{"role", "content"}]} per line;
+    steps: {"prompt", "steps", "labels"} or a row of PRM800K; auto: by the first row."""
 
 
 class DataConfig(Section):
@@ -244,6 +250,9 @@ class DataConfig(Section):
     """Text put before the first turn."""
     max_length: Positive = 2048
     """Longest prompt + response, tokens; older turns are dropped first. Source: 2048, P p.18."""
+    step_delimiter: Annotated[str, Field(min_length=1)] = "\n\n"
+    """Ends a step of a response, for step labels and rewards per step; the end of a response ends its last step.
+    Source: ours; a blank line separates the paragraphs of a solution."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A bad row ends the run (error), or is left out, counted and listed (skip)."""
 
@@ -320,15 +329,18 @@ class SftConfig(Section):
 class RewardConfig(Section):
     """Reward-model training."""
 
+    labels: Literal["pairs", "steps"] = "pairs"
+    """What data.train holds. pairs: preference pairs, Eq. 1 and 2; steps: solutions with a label per step, from which a
+    process model learns (binary cross-entropy at the end of each step). Source: pairs, P p.4; steps is ours."""
     lm_coef: NonNegative = 1.0
-    """Weight of the language-model loss on the chosen response, Eq. 2. Source: beta_rm = 1, P p.9; 0 in the released
-    script."""
+    """Weight of the language-model loss on the chosen response, Eq. 2; no effect on process models. Source:
+    beta_rm = 1, P p.9; 0 in the released script."""
     min_pairs: Positive = 4
-    """Fewest pairs of a dynamic batch. Source: 4, P p.8."""
+    """Fewest pairs (with reward.labels = "steps", solutions) of a dynamic batch. Source: 4, P p.8."""
     max_pairs: Positive = 128
-    """Most pairs of a dynamic batch. Source: 128, P p.8."""
+    """Most pairs (or solutions) of a dynamic batch. Source: 128, P p.8."""
     tokens_per_batch: Positive = 32768
-    """A dynamic batch takes pairs until their tokens reach this number."""
+    """A dynamic batch takes pairs (or solutions) until their tokens reach this number."""
     epochs: NonNegative = 1.0
     """Passes over the data when train.steps is 0. Source: about 1, P p.8."""
 
@@ -338,6 +350,88 @@ class CriticConfig(Section):
 
     stop_loss: NonNegative = 0.0
     """Stop when the value loss of one rollout falls below this; 0: run all train.steps."""
+
+
+class RewardSource(Section):
+    """One summand of the reward: its kind, its weight, and what its kind needs."""
+
+    kind: Literal["model", "process", "math", "regex", "length", "function", "http"]
+    """model: the reward model's score; process: the process model's judgement of each step; math: 1 where the response
+    ends with the row's "answer", else 0; regex: 1 where pattern is found, else 0; length: minus the tokens by which the
+    response is shorter or longer than it may be; function: your own Python function; http: a service."""
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_]*$")] = ""
+    """Its metric is reward/NAME; empty: the kind. Two rows may not share a name."""
+    weight: float = 1.0
+    """Factor of its values in the sum; 0 only measures."""
+    per_step: bool = False
+    """regex, function and http: a value for each step, given at its last token, instead of one for the response."""
+    pattern: str = ""
+    """regex: Python's `re.search`, with dots that match line ends."""
+    min_tokens: Count = 0
+    """length: the shortest response without penalty, tokens with EOS."""
+    max_tokens: Count = 0
+    """length: the longest response without penalty, tokens with EOS; 0: any."""
+    path: str = ""
+    """function: "module:function", imported from the current folder or the environment. It runs as part of the run."""
+    url: str = ""
+    """http: where responses are sent to, http:// or https://."""
+    key_variable: str = ""
+    """http: the environment variable with the key, sent as bearer token; empty: none."""
+    batch_size: Positive = 32
+    """http: responses in one request."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """http: seconds for one whole request and its answer."""
+    retries: Count = 3
+    """http: further tries after a lost connection, a timeout, or status 429 or 5xx."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.kind
+
+    @property
+    def is_per_step(self) -> bool:
+        return self.per_step or self.kind == "process"
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "RewardSource":
+        row = f"the row {self.label!r} of ppo.rewards"
+        owners = {
+            "per_step": ("regex", "function", "http"),
+            "pattern": ("regex",),
+            **dict.fromkeys(("min_tokens", "max_tokens"), ("length",)),
+            "path": ("function",),
+            **dict.fromkeys(("url", "key_variable", "batch_size", "timeout_seconds", "retries"), ("http",)),
+        }
+        for field, kinds in owners.items():
+            if self.kind not in kinds and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{row} sets {field}, which {self.kind} does not have; it is for {', '.join(kinds)}")
+        needed = {"regex": "pattern", "function": "path", "http": "url"}.get(self.kind)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"{row} needs {needed} (`ppomax help ppo` says what for)")
+        if self.kind == "length" and self.min_tokens == self.max_tokens == 0:
+            raise ValueError(f"{row} needs min_tokens or max_tokens: without them no response is too short or too long")
+        if 0 < self.max_tokens < self.min_tokens:
+            raise ValueError(f"{row}: min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}")
+        _check_texts(row, self)
+        return self
+
+
+def _check_texts(row: str, source: RewardSource) -> None:
+    try:
+        re.compile(source.pattern)
+    except re.error as error:
+        raise ValueError(f"{row}: pattern {source.pattern!r} is no regular expression: {error}") from None
+    if source.path and not re.fullmatch(r"[\w.]+:\w+", source.path):
+        raise ValueError(f"{row}: path {source.path!r}; expected module:function, for instance my_rewards:brevity")
+    if not source.url:
+        return
+    parts = urlsplit(source.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{row}: url {source.url!r}; expected http://HOST[:PORT]/PATH or https://...")
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"{row}: url holds a password; put it into an environment variable and name that as key_variable"
+        )
 
 
 class PpoConfig(Section):
@@ -373,10 +467,14 @@ class PpoConfig(Section):
     """Mean k1 KL per token, nats, that the adaptive controller steers to."""
     kl_horizon: Positive = 10000
     """Responses after which the adaptive controller has corrected fully."""
+    rewards: tuple[RewardSource, ...] = ()
+    """What is summed to the reward; also that of `critic` and `evaluate`. Empty: the reward model alone. In a file each
+    is a table [[ppo.rewards]]. Source: the reward model alone, P p.4; the rest is ours."""
     reward_scaling: Literal["none", "scale", "norm"] = "norm"
     """scale: scores / running std (Fig. 5 item 4); norm: (scores - running mean) / running std (item 5, Eq. 18)."""
     reward_clip: Annotated[float, Field(gt=0)] | None = 10.0
-    """Scaled scores are clipped to +- this. Source: 10, default of the released code; the paper gives none."""
+    """Scaled scores, and scaled rewards of steps, are clipped to +- this. Source: 10, default of the released code; the
+    paper gives none."""
     advantage_norm: bool = False
     """Whiten the advantages of each minibatch over all replicas (item 6). Source: off in PPO-max."""
     advantage_clip: Annotated[float, Field(gt=0)] | None = None
@@ -431,6 +529,14 @@ class PpoConfig(Section):
                 f"ppo.rollout_size {self.rollout_size} is not a multiple of ppo.minibatch_size {self.minibatch_size}; "
                 f"set ppo.minibatch_size to a divisor of {self.rollout_size}"
             )
+        labels = [source.label for source in self.rewards]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"ppo.rewards has the names {labels}: two are the same; give each row a name of its own")
+        for kind in ("model", "process"):
+            if sum(source.kind == kind for source in self.rewards) > 1:
+                raise ValueError(
+                    f"ppo.rewards has two rows of the kind {kind}, but there is one such model; remove one"
+                )
         if 0 < self.over_sampling_size <= self.rollout_size:
             raise ValueError(
                 f"ppo.over_sampling_size {self.over_sampling_size} is not larger than ppo.rollout_size "
@@ -540,3 +646,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     train: TrainConfig = TrainConfig()
+
+    @property
+    def rewards(self) -> tuple[RewardSource, ...]:
+        """ppo.rewards, or what it stands for where it is empty: the reward model."""
+        return self.ppo.rewards or (RewardSource(kind="model"),)
+
+    def has_reward(self, kind: str) -> bool:
+        return any(source.kind == kind for source in self.rewards)

@@ -9,16 +9,24 @@ from ppomax.engine.errors import CheckpointError, DataError
 MODELS_READ: dict[str, tuple[str, ...]] = {
     "sft": ("policy",),
     "reward": ("policy",),
-    "critic": ("policy", "reward", "critic", "reference"),
-    "ppo": ("policy", "reward", "critic", "reference"),
-    "evaluate": ("policy", "reward", "reference"),
+    "critic": ("policy", "reward", "process", "critic", "reference"),
+    "ppo": ("policy", "reward", "process", "critic", "reference"),
+    "evaluate": ("policy", "reward", "process", "reference"),
     "generate": ("policy",),
     "score": ("reward",),
 }
 """The folders of [model] that a stage reads, those of `generate` and `chat`, and that of commands which score."""
 
-MODELS_NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(("critic", "ppo", "evaluate"), ("policy", "reward"))
-"""Those without which it cannot run; the others have a default."""
+REWARDED = ("critic", "ppo", "evaluate")
+"""The stages that reward responses."""
+
+
+def models_needed(config: RunConfig, command: str) -> tuple[str, ...]:
+    """The folders without which the stage cannot run; the others have a default."""
+    if command not in REWARDED:
+        return ()
+    rewards = {"reward": "model", "process": "process"}
+    return ("policy", *(role for role, kind in rewards.items() if config.has_reward(kind)))
 
 
 def roles_in_use(config: RunConfig, command: str) -> tuple[str, ...]:
@@ -33,7 +41,7 @@ def roles_in_use(config: RunConfig, command: str) -> tuple[str, ...]:
         "policy",
         *(("critic",) if command != "evaluate" else ()),
         *(("reference",) if has_reference else ()),
-        "reward",
+        *(("reward",) if config.has_reward("model") or config.has_reward("process") else ()),
     )
 
 
@@ -47,8 +55,9 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
     epochs = {"sft": config.sft.epochs, "reward": config.reward.epochs}.get(command, 0.0)
     checks = {
         f"model.{role} is empty; set it to the Hugging Face folder of the {role} model": not getattr(model, role)
-        for role in MODELS_NEEDED.get(command, ())
+        for role in models_needed(config, command)
     }
+    services = [source for source in config.ppo.rewards if source.kind == "http"]
     checks |= {
         "model.tokenizer is empty and no model folder is given; set model.tokenizer to a tokenizer's folder or file": (
             not (model.tokenizer or model.policy or model.reward or model.critic)
@@ -59,6 +68,20 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         "data.eval is empty, but held-out rows are to be evaluated; set data.eval (or monitor.eval_every = 0)": (
             evaluates and not data.eval
         ),
+        "model.reward is empty and the critic starts from it; set model.critic to a scalar model's folder, or "
+        'ppo.critic_init = "sft"': (
+            command in ("critic", "ppo")
+            and not (model.critic or model.reward or config.has_reward("model"))
+            and ppo.critic_init == "reward"
+        ),
+        **{
+            f"ppo.rewards: {source.label} may take {source.timeout_seconds * (source.retries + 1):g} s for one request "
+            "with its retries, in which the other ranks give up (parallel.timeout_seconds); lower timeout_seconds or "
+            "retries, or raise the other": (
+                command in REWARDED and source.timeout_seconds * (source.retries + 1) >= config.parallel.timeout_seconds
+            )
+            for source in services
+        },
         f"reward.min_pairs {config.reward.min_pairs} is larger than reward.max_pairs {config.reward.max_pairs}; "
         "set reward.max_pairs to at least reward.min_pairs": config.reward.min_pairs > config.reward.max_pairs,
         f"train.steps and {command}.epochs are both 0: there is nothing to do; set one of them": (

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ppomax.engine.config import DataSource, PpoConfig, RoleLayout, RunConfig, Section, expand_roles
+from ppomax.engine.config import PpoConfig, RoleLayout, RunConfig, Section, expand_roles
 from ppomax.engine.config_checks import impossible_combinations
 from ppomax.engine.config_help import allows_none, expected, fields, nearest_key, row_section, sections, toml_value
 from ppomax.engine.errors import ConfigError
@@ -167,7 +167,8 @@ def _fault(error: dict[str, Any], layers: Mapping[str, Tree]) -> str:
 def _candidates(key: str, value: Any) -> list[str]:
     """What an unknown key can have meant: a field of the same row, a section, or any field."""
     if "[" in key:
-        return [f"{key.rpartition('.')[0]}.{name}" for name in DataSource.model_fields]
+        row = row_section(dict(fields())[key.partition("[")[0]])
+        return [f"{key.rpartition('.')[0]}.{name}" for name in (row.model_fields if row else ())]
     if isinstance(value, dict):
         return [name for name, _ in sections()]
     return [*(f"parallel.{name}" for name in RoleLayout.model_fields), *(name for name, _ in fields())]

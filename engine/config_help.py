@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ppomax.engine.config import RunConfig, Section
+from ppomax.engine.config import DataSource, RunConfig, Section
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.presets import PRESETS
 
@@ -75,9 +75,13 @@ def expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(option) for option in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return "a file, or a list of files or of {path = FILE, weight = NUMBER, format = NAME}"
+        if arguments[0] is DataSource:
+            return "a file, or a list of files or of {path = FILE, weight = NUMBER, format = NAME}"
+        return "a list of {" + ", ".join(f"{name} = ..." for name in list(arguments[0].model_fields)[:3]) + ", ...}"
     if origin is tuple:
         return "[" + ", ".join(expected(item) for item in arguments) + "]"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"a table with {', '.join(annotation.model_fields)}"
     names = {bool: "true or false", int: "whole number", float: "number", str: "text", types.NoneType: '"none"'}
     return " ".join([names[annotation], *_bounds(metadata)])
 

@@ -3,7 +3,7 @@
 from ppomax.engine.config import RunConfig
 from ppomax.engine.config_checks import MODELS_READ
 from ppomax.engine.data.chat import make_template
-from ppomax.engine.data.datasets import load_dialogues, load_pairs, load_prompts
+from ppomax.engine.data.datasets import load_dialogues, load_pairs, load_prompts, load_solutions
 from ppomax.engine.data.tokenizer import load_tokenizer
 from ppomax.engine.errors import DoesNotFitError
 from ppomax.engine.models.hf_config import read_shape
@@ -26,6 +26,8 @@ def check_inputs(config: RunConfig, command: str) -> list[str]:
             continue
         if command == "sft" or key == "ptx":
             summary = load_dialogues(data, sources, template).summary()
+        elif command == "reward" and config.reward.labels == "steps":
+            summary = load_solutions(data, sources, template).summary()
         elif command == "reward":
             summary = load_pairs(data, sources, template).summary()
         else:
@@ -45,7 +47,7 @@ def check_models(config: RunConfig, command: str) -> list[str]:
         folder = getattr(config.model, role)
         if not folder:
             continue
-        layout = getattr(config.parallel, "reward" if command == "reward" else role)
+        layout = getattr(config.parallel, "reward" if command == "reward" or role == "process" else role)
         shape = read_shape(folder)
         check_split(
             shape,

@@ -56,5 +56,11 @@ class ServiceError(PpomaxError):
     exit_code = 8
 
 
+class RewardError(PpomaxError):
+    """A reward function failed, or returned what is no reward: names the function and the fault."""
+
+    exit_code = 9
+
+
 class RunStopped(Exception):
     """A signal asked for the end of the run, which has saved a checkpoint: no error, exit code 0."""

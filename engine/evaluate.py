@@ -4,8 +4,9 @@ histogram.
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
-from ppomax.engine.models.roles import load_role
+from ppomax.engine.models.roles import load_reward_models, load_role
 from ppomax.engine.ppo.evaluation import evaluate_policy
+from ppomax.engine.rewards.mixture import make_mix
 from ppomax.engine.session import open_session, sample_held_out
 
 
@@ -22,10 +23,21 @@ def run(config: RunConfig) -> None:
         reference = None
         if config.model.reference:
             reference = load_role("reference", config.model.reference, config, groups["reference"])
-        reward = load_role("reward", config.model.reward, config, groups["reward"], scalar=True)
+        reward, process = load_reward_models(config, groups["reward"])
         rows = prompts.rows[: config.monitor.eval_size]
+        rewards = make_mix(config, session.template, rows)
         rollout = sample_held_out(session, policy, rows)
-        result = evaluate_policy(policy, reward, reference, rows, rollout, config.train, session.template)
+        result = evaluate_policy(
+            policy,
+            reward,
+            reference,
+            rows,
+            rollout,
+            config.train,
+            session.template,
+            process=process,
+            rewards=rewards,
+        )
         session.log.evaluation(0, result.metrics)
         session.log.write_json("evaluation.json", result.metrics)
         session.log.write_lines("samples.jsonl", result.samples)

@@ -81,12 +81,14 @@ def phase_clock(config: RunConfig, device: torch.device, world_size: int) -> Pha
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of the models that an iteration runs. reference None: its log-probs are the policy's."""
+    """Of the models that an iteration runs. reference None: its log-probs are the policy's. judges: reward model and
+    process model, where there are such.
+    """
 
     policy: ModelShape
     critic: ModelShape
     reference: ModelShape | None
-    reward: ModelShape
+    judges: tuple[ModelShape, ...]
 
 
 def iteration_work(
@@ -99,7 +101,7 @@ def iteration_work(
     total, sampled = sum(lengths), sum(response_lengths)
     policy = _forward(shapes.policy, lengths, sampled)
     critic = _forward(shapes.critic, lengths, sampled)
-    scoring = critic + _forward(shapes.reward, lengths, len(lengths))
+    scoring = critic + sum(_forward(judge, lengths, len(lengths)) for judge in shapes.judges)
     if shapes.reference is not None:
         scoring += _forward(shapes.reference, lengths, sampled)
     if config.old_logprobs == "recompute":

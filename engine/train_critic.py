@@ -8,11 +8,12 @@ import torch
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
-from ppomax.engine.models.roles import load_critic, load_role
+from ppomax.engine.models.roles import load_critic, load_reward_models, load_role
 from ppomax.engine.ppo.experience import Models, make_experience
 from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.statistics import rollout_statistics
 from ppomax.engine.ppo.update import UpdateSettings, update
+from ppomax.engine.rewards.mixture import make_mix
 from ppomax.engine.session import end_step, export, open_session, restore, sample
 from ppomax.engine.steps import StepCounter
 from ppomax.engine.throughput import Shapes, iteration_work, phase_clock
@@ -33,9 +34,10 @@ def run(config: RunConfig) -> None:
         reference = policy
         if config.model.reference not in ("", config.model.policy):
             reference = load_role("reference", config.model.reference, config, groups["reference"])
-        reward = load_role("reward", config.model.reward, config, groups["reward"], scalar=True)
+        reward, process = load_reward_models(config, groups["reward"])
         critic = load_critic(config, groups["critic"])
-        models = Models(policy, critic, reference, reward)
+        models = Models(policy, critic, reference, reward, process)
+        rewards = make_mix(config, session.template, prompts.rows)
         # There is no older critic to stay near: its own values of this rollout would only slow it down.
         settings = UpdateSettings(
             ppo.model_copy(update={"value_clip": None}), config.optim, config.train.tokens_per_microbatch
@@ -50,7 +52,7 @@ def run(config: RunConfig) -> None:
         order = prompts.order(config.train.seed)
         clock = phase_clock(config, session.device, session.world_size)
         own_reference = None if reference is policy else reference.shape
-        shapes = Shapes(policy.shape, critic.shape, own_reference, reward.shape)
+        shapes = Shapes(policy.shape, critic.shape, own_reference, models.judge_shapes)
         while step < config.train.steps and not is_done:
             rows = prompts.take(order, step * ppo.rollout_size, ppo.rollout_size)
             with clock.phase("rollout"):
@@ -63,6 +65,7 @@ def run(config: RunConfig) -> None:
                     kl_coef=ppo.kl_coef,
                     config=ppo,
                     tokens_per_microbatch=config.train.tokens_per_microbatch,
+                    rewards=rewards,
                 )
             generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
             with clock.phase("update"):

@@ -11,7 +11,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
 from ppomax.engine.data.order import Order
 from ppomax.engine.errors import CheckpointError, ConfigError
-from ppomax.engine.models.roles import Role, load_critic, load_role
+from ppomax.engine.models.roles import Role, load_critic, load_reward_models, load_role
 from ppomax.engine.ppo.evaluation import evaluate_policy
 from ppomax.engine.ppo.experience import Models, make_experience, make_scorer
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
@@ -19,6 +19,7 @@ from ppomax.engine.ppo.scoring import RolloutScorer
 from ppomax.engine.ppo.statistics import rollout_statistics
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.ppo.update import UpdateSettings, update
+from ppomax.engine.rewards.mixture import RewardMix, make_mix
 from ppomax.engine.rollout.generate import request_seeds
 from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.watch import Ended
@@ -73,7 +74,8 @@ def run(config: RunConfig) -> None:
         session.log.say(f"data.train: {prompts.summary()}")
         models = load_models(session)
         trace, clock = session.trace, phase_clock(config, session.device, session.world_size)
-        shapes = Shapes(models.policy.shape, models.critic.shape, models.reference.shape, models.reward.shape)
+        shapes = Shapes(models.policy.shape, models.critic.shape, models.reference.shape, models.judge_shapes)
+        rewards = make_mix(config, session.template, (*prompts.rows, *held_out))
         settings = UpdateSettings(ppo, config.optim, train.tokens_per_microbatch, trace)
         steps_per_iteration = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
         counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
@@ -90,10 +92,10 @@ def run(config: RunConfig) -> None:
         # Held from the end of one update to the end of the next rollout: what is between needs them.
         models.policy.memory.hold("weights")
         if held_out and state.step == 0:
-            _evaluate(session, models, held_out, 0)
+            _evaluate(session, models, rewards, held_out, 0)
         while state.step < train.steps:
             is_early = ppo.overlap_scoring > 0
-            scorer = make_scorer(models, train.tokens_per_microbatch, is_early=is_early, trace=trace)
+            scorer = make_scorer(models, train.tokens_per_microbatch, rewards=rewards, is_early=is_early, trace=trace)
             with span(trace, "rollout", is_here=models.policy.is_here), clock.phase("rollout"):
                 rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
             models.policy.memory.release("weights")
@@ -105,6 +107,7 @@ def run(config: RunConfig) -> None:
                     kl_coef=state.kl.coef,
                     config=ppo,
                     tokens_per_microbatch=train.tokens_per_microbatch,
+                    rewards=rewards,
                     scorer=scorer,
                     trace=trace,
                 )
@@ -135,7 +138,7 @@ def run(config: RunConfig) -> None:
             is_last = state.step == train.steps
             if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
                 with clock.phase("evaluation"):
-                    _evaluate(session, models, held_out, state.step)
+                    _evaluate(session, models, rewards, held_out, state.step)
             with span(trace, "checkpoint"), clock.phase("checkpoint"):
                 end_step(session, state.step, trained, state.to_json(), counter)
             each = statistics.responses
@@ -192,14 +195,16 @@ def _check_carried(state: TrainState, config: RunConfig) -> None:
 
 
 def load_models(session: Session) -> Models:
-    """The four roles as the configuration places them."""
+    """The roles as the configuration places them; reward and process model only where ppo.rewards has them."""
     config, groups = session.config, session.groups
     policy_folder = config.model.policy
+    reward, process = load_reward_models(config, groups["reward"])
     return Models(
         policy=load_role("policy", policy_folder, config, groups["policy"], trained=True, eps=config.optim.eps),
         critic=load_critic(config, groups["critic"]),
         reference=load_role("reference", config.model.reference or policy_folder, config, groups["reference"]),
-        reward=load_role("reward", config.model.reward, config, groups["reward"], scalar=True),
+        reward=reward,
+        process=process,
     )
 
 
@@ -225,10 +230,21 @@ def _prompts(session: Session, sources: Any) -> Dataset[PromptRow]:
     return load_prompts(session.config.data, sources, session.template, max_prompt_tokens=limit)
 
 
-def _evaluate(session: Session, models: Models, prompts: tuple[PromptRow, ...], step: int) -> None:
+def _evaluate(
+    session: Session, models: Models, rewards: RewardMix | None, prompts: tuple[PromptRow, ...], step: int
+) -> None:
     """Held-out evaluation: a line of metrics.jsonl and samples_N.jsonl."""
     rollout = sample_held_out(session, models.policy, prompts)
-    roles = (models.policy, models.reward, models.reference)
-    result = evaluate_policy(*roles, prompts, rollout, session.config.train, session.template)
+    result = evaluate_policy(
+        models.policy,
+        models.reward,
+        models.reference,
+        prompts,
+        rollout,
+        session.config.train,
+        session.template,
+        process=models.process,
+        rewards=rewards,
+    )
     session.log.evaluation(step, result.metrics)
     session.log.write_lines(f"samples_{step:06d}.jsonl", result.samples[: session.config.monitor.num_samples])

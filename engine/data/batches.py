@@ -142,6 +142,18 @@ def response_rows(tokens: Tensor, mask: Tensor) -> Rows:
     )
 
 
+def end_rows(is_end: Tensor) -> Rows:
+    """Rows at the tokens that is_end [B, T] marks: column t is computed at position t + 1, its token, without a label;
+    index b * T + t.
+    """
+    columns = [row.nonzero().squeeze(1) for row in is_end]
+    return Rows(
+        rows=[column + 1 for column in columns],
+        labels=[torch.full_like(column, -1) for column in columns],
+        index=[b * is_end.shape[1] + column for b, column in enumerate(columns)],
+    )
+
+
 def last_token_rows(lengths: Sequence[int]) -> Rows:
     """One row per sequence, at its last token, without a label; index is the sequence."""
     return Rows(

@@ -1,4 +1,4 @@
-"""Data files to rows of token ids: prompts, preference pairs and dialogues.
+"""Data files to rows of token ids: prompts, preference pairs, dialogues and solutions with labelled steps.
 
 Files and formats are read by `readers.py`; what a template does with turns is in `chat.py`, the order of rows in
 `order.py`, packing in `batches.py`.
@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 from ppomax.engine.config import DataConfig, DataSource
 from ppomax.engine.data.chat import Template, check_turns
 from ppomax.engine.data.order import Order
-from ppomax.engine.data.readers import Format, Turns, find_format, parse, read
+from ppomax.engine.data.readers import Format, Record, Turns, find_format, parse, parse_answer, parse_steps, read
+from ppomax.engine.data.response_steps import step_ends
 from ppomax.engine.errors import ConfigError, DataError
 
 NUM_FAULTS_SHOWN = 5
@@ -24,12 +25,15 @@ NUM_FAULTS_SHOWN = 5
 
 @dataclass(frozen=True)
 class PromptRow:
-    """tokens: prompt ids, up to where a response begins. turns: what they spell. source, line: where it was read."""
+    """tokens: prompt ids, up to where a response begins. turns: what they spell. source, line: where it was read.
+    answer: the reference answer, for rewards; "" where the row has none.
+    """
 
     tokens: tuple[int, ...]
     turns: Turns
     source: int
     line: int
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,22 @@ class DialogueRow:
     line: int
 
 
-Row = TypeVar("Row", PromptRow, PairRow, DialogueRow)
+@dataclass(frozen=True)
+class SolutionRow:
+    """tokens: ids of prompt, response and EOS. ends: positions of the last tokens of its labelled steps. targets:
+    their labels as probabilities of being right, from 0 to 1.
+    """
+
+    tokens: tuple[int, ...]
+    ends: tuple[int, ...]
+    targets: tuple[float, ...]
+    prompt_length: int
+    turns: Turns
+    source: int
+    line: int
+
+
+Row = TypeVar("Row", PromptRow, PairRow, DialogueRow, SolutionRow)
 
 
 @dataclass(frozen=True)
@@ -119,11 +138,11 @@ def load_prompts(
             f"{max_prompt_tokens} tokens are left for a prompt; raise data.max_length or shorten the response"
         )
 
-    def build(turns: Turns, rejected: Turns | None, source: int, line: int) -> PromptRow:
+    def build(turns: Turns, rejected: Turns | None, source: int, record: Record) -> PromptRow:
         tokens, kept = fit_prompt(turns, template, max_prompt_tokens=max_prompt_tokens)
-        return PromptRow(tokens, kept, source, line)
+        return PromptRow(tokens, kept, source, record.line, parse_answer(record.value))
 
-    return _load(data, sources, ("hh", "pairs", "prompts", "dialogues", "sft"), build)
+    return _load(data, sources, ("hh", "pairs", "prompts", "dialogues", "sft", "steps"), build)
 
 
 def fit_prompt(turns: Turns, template: Template, *, max_prompt_tokens: int) -> tuple[tuple[int, ...], Turns]:
@@ -140,7 +159,7 @@ def fit_prompt(turns: Turns, template: Template, *, max_prompt_tokens: int) -> t
 def load_pairs(data: DataConfig, sources: Sequence[DataSource], template: Template) -> Dataset[PairRow]:
     """Preference pairs of at most data.max_length tokens, from hh and pairs files. Raises as `load_prompts`."""
 
-    def build(turns: Turns, rejected: Turns | None, source: int, line: int) -> PairRow:
+    def build(turns: Turns, rejected: Turns | None, source: int, record: Record) -> PairRow:
         assert rejected is not None
         for name, side in (("chosen", turns), ("rejected", rejected)):
             try:
@@ -150,7 +169,7 @@ def load_pairs(data: DataConfig, sources: Sequence[DataSource], template: Templa
         _check_same_context(turns, rejected)
         one, other = (template.encode_response(side[-1].text) for side in (turns, rejected))
         prompt, kept = fit_pair(turns[:-1], one, other, template, max_tokens=data.max_length)
-        return PairRow((*prompt, *one), (*prompt, *other), len(prompt), kept, source, line)
+        return PairRow((*prompt, *one), (*prompt, *other), len(prompt), kept, source, record.line)
 
     return _load(data, sources, ("hh", "pairs"), build, with_rejected=True)
 
@@ -173,13 +192,42 @@ def load_dialogues(data: DataConfig, sources: Sequence[DataSource], template: Te
     Raises as `load_prompts`.
     """
 
-    def build(turns: Turns, rejected: Turns | None, source: int, line: int) -> DialogueRow:
+    def build(turns: Turns, rejected: Turns | None, source: int, record: Record) -> DialogueRow:
         check_turns(turns, last="assistant")
         kept = _fit(turns, lambda turns: len(template.encode_dialogue(turns)[0]), data.max_length)
         tokens, loss_mask = template.encode_dialogue(kept)
-        return DialogueRow(tuple(tokens), tuple(loss_mask), kept, source, line)
+        return DialogueRow(tuple(tokens), tuple(loss_mask), kept, source, record.line)
 
     return _load(data, sources, ("hh", "pairs", "dialogues", "sft"), build)
+
+
+def load_solutions(data: DataConfig, sources: Sequence[DataSource], template: Template) -> Dataset[SolutionRow]:
+    """Solutions with a label per step, from steps files, of at most data.max_length tokens. Raises as `load_prompts`.
+
+    The response is the steps with data.step_delimiter between them. A label is 1 for right; 0 (neutral) and less count
+    as not right; what lies between 0 and 1 is the probability of being right.
+    """
+    delimiter = data.step_delimiter
+
+    def build(turns: Turns, rejected: Turns | None, source: int, record: Record) -> SolutionRow:
+        check_turns(turns, last="human")
+        steps, labels = parse_steps(record.value)
+        response = template.encode_response(delimiter.join(steps))
+        ends = step_ends(response, template, delimiter)
+        if len(ends) != len(steps):
+            raise DataError(
+                f"{len(steps)} steps, but joined by data.step_delimiter {delimiter!r} they read as {len(ends)}; "
+                "a step must not hold the delimiter"
+            )
+        kept = _fit(turns, lambda turns: len(template.encode_prompt(turns)) + len(response), data.max_length)
+        prompt = template.encode_prompt(kept)
+        labelled = [
+            (len(prompt) + end, max(0.0, label)) for end, label in zip(ends, labels, strict=True) if label is not None
+        ]
+        places, targets = zip(*labelled, strict=True)
+        return SolutionRow(tuple(prompt + response), places, targets, len(prompt), kept, source, record.line)
+
+    return _load(data, sources, ("steps",), build)
 
 
 def _fit(turns: Turns, num_tokens: Callable[[Turns], int], limit: int) -> Turns:
@@ -213,11 +261,11 @@ def _load(
     data: DataConfig,
     sources: Sequence[DataSource],
     formats: Sequence[Format],
-    build: Callable[[Turns, Turns | None, int, int], Row],
+    build: Callable[[Turns, Turns | None, int, Record], Row],
     *,
     with_rejected: bool = False,
 ) -> Dataset[Row]:
-    """Reads every source and builds its rows; `build` gets (turns, rejected turns, source, line)."""
+    """Reads every source and builds its rows; `build` gets (turns, rejected turns, source, record)."""
     skipped: list[BadRow] = []
     loaded = []
     for number, source in enumerate(sources):
@@ -233,7 +281,7 @@ def _load(
                         f"{source.path} has the format {format!r}, but this stage reads {', '.join(formats)}"
                     )
                 turns, rejected = parse(record.value, format, with_rejected=with_rejected)
-                rows.append(build(turns, rejected, number, record.line))
+                rows.append(build(turns, rejected, number, record))
             except DataError as error:
                 bad = BadRow(source.path, record.line, str(error))
                 if data.on_bad_row == "error":

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ppomax.engine.data.chat import Role, Turn, parse_hh
 from ppomax.engine.errors import ConfigError, DataError
 
-Format = Literal["hh", "dialogues", "pairs", "prompts", "sft"]
+Format = Literal["hh", "dialogues", "pairs", "prompts", "sft", "steps"]
 Turns = tuple[Turn, ...]
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -109,11 +109,13 @@ def find_format(path: str, record: Record) -> Format:
         return "pairs" if isinstance(value["chosen"], list) else "hh"
     if "messages" in keys:
         return "sft"
+    if "steps" in keys or {"question", "label"} <= keys:
+        return "steps"
     if "prompt" in keys:
         return "prompts"
     raise ConfigError(
         f"the format of {path} cannot be told from line {record.line} ({_describe(value)}); "
-        "set format of this source to hh, dialogues, pairs, prompts or sft"
+        "set format of this source to hh, dialogues, pairs, prompts, sft or steps"
     )
 
 
@@ -123,7 +125,9 @@ def parse(value: Any, format: Format, *, with_rejected: bool) -> tuple[Turns, Tu
         return _turns(value, "the row"), None
     if not isinstance(value, dict):
         raise DataError(f"the row is {_describe(value)}, expected an object")
-    name = {"sft": "messages", "prompts": "prompt"}.get(format, "chosen")
+    if format == "steps":
+        value = {"prompt": _problem(value)}
+    name = {"sft": "messages", "prompts": "prompt", "steps": "prompt"}.get(format, "chosen")
     return _side(value, name, format), _side(value, "rejected", format) if with_rejected else None
 
 
@@ -133,16 +137,95 @@ def read_category(value: Any) -> str:
     return category if isinstance(category, str) else ""
 
 
+def parse_answer(value: Any) -> str:
+    """The reference answer of a row, "" where it has none: text or a number, under "answer", in rows of PRM800K under
+    "question" as "ground_truth_answer".
+    """
+    if not isinstance(value, dict):
+        return ""
+    question = value.get("question")
+    answer = value.get("answer", question.get("ground_truth_answer") if isinstance(question, dict) else None)
+    if answer is None:
+        return ""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise DataError(f"answer is {_describe(answer)}, expected text or a number")
+    return str(answer).strip()
+
+
+def parse_steps(value: Any) -> tuple[tuple[str, ...], tuple[float | None, ...]]:
+    """(steps, labels) of a row with the format steps; a label is in [-1, 1], None where the step has none.
+
+    Three spellings: "steps" of texts beside "labels"; "steps" of {"text", "rating"}; "label" of PRM800K.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"the row is {_describe(value)}, expected an object")
+    if "steps" not in value and isinstance(value.get("label"), dict):
+        pairs = _chosen_completions(value["label"].get("steps"))
+    else:
+        pairs = _labelled(value.get("steps"), value.get("labels"))
+    for number, (text, label) in enumerate(pairs, 1):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"step {number} is {_describe(text) if text != '' else 'empty'}, expected text")
+        if label is not None and not (isinstance(label, bool | int | float) and -1 <= label <= 1):
+            raise DataError(
+                f"the label of step {number} is {str(label)[:20]!r}, expected a number from -1 to 1, or null"
+            )
+    if all(label is None for _, label in pairs):
+        raise DataError("no step has a label")
+    return tuple(text for text, _ in pairs), tuple(None if label is None else float(label) for _, label in pairs)
+
+
+def _labelled(steps: Any, labels: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(steps, list) or not steps:
+        raise DataError(f"steps is {_describe(steps)}, expected a list of steps")
+    if labels is None:
+        if not all(isinstance(step, dict) and "rating" in step for step in steps):
+            raise DataError('the row has no "labels", and not every step is {"text", "rating"}')
+        return [(step.get("text"), step["rating"]) for step in steps]
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise DataError(f"labels is {_describe(labels)}, expected a list of {len(steps)}, one per step")
+    return list(zip(steps, labels, strict=True))
+
+
+def _chosen_completions(steps: Any) -> list[tuple[Any, Any]]:
+    """PRM800K: of each step the completion that the solution went on with. Where none was chosen, a human's, which
+    counts as right; else the first one, with which the solution ends.
+    """
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
+        raise DataError(f"label.steps is {_describe(steps)}, expected a list of steps")
+    pairs: list[tuple[Any, Any]] = []
+    for number, step in enumerate(steps, 1):
+        completions, chosen, human = (step.get(key) for key in ("completions", "chosen_completion", "human_completion"))
+        if chosen is None and human is not None:
+            pairs.append((human.get("text") if isinstance(human, dict) else human, 1))
+            continue
+        where = 0 if chosen is None else chosen
+        if not isinstance(completions, list) or isinstance(where, bool) or not isinstance(where, int):
+            raise DataError(f"step {number} of label.steps has no completions, or no number as chosen_completion")
+        if not 0 <= where < len(completions) or not isinstance(completions[where], dict):
+            raise DataError(f"step {number} of label.steps has no completion {where}")
+        pairs.append((completions[where].get("text"), completions[where].get("rating")))
+        if chosen is None:
+            break
+    return pairs
+
+
+def _problem(row: dict[str, Any]) -> Any:
+    """The prompt of a row with steps: "prompt", or PRM800K's question.problem."""
+    question = row.get("question")
+    return row.get("prompt", question.get("problem") if isinstance(question, dict) else None)
+
+
 def _side(row: dict[str, Any], name: str, format: Format) -> Turns:
-    """Turns of a field that holds text (hh), turns (pairs, sft) or either (prompts)."""
+    """Turns of a field that holds text (hh), turns (pairs, sft) or either (prompts, steps)."""
     value = row.get(name)
     if value is None:
         raise DataError(f"the row has no {name!r}; it is {_describe(row)}")
-    if format in ("pairs", "sft") or (format == "prompts" and isinstance(value, list)):
+    if format in ("pairs", "sft") or (format in ("prompts", "steps") and isinstance(value, list)):
         return _turns(value, name)
     if not isinstance(value, str):
         raise DataError(f"{name} is {_describe(value)}, expected a string")
-    if format == "prompts" and not value.startswith("\n\nHuman:"):
+    if format in ("prompts", "steps") and not value.startswith("\n\nHuman:"):
         return (Turn("human", value),)
     try:
         return tuple(parse_hh(value))

@@ -137,6 +137,15 @@ def load_critic(config: RunConfig, groups: RoleGroups) -> Role:
     return load_role("critic", folder, config, groups, scalar=True, fresh_head=fresh, trained=True, eps=eps)
 
 
+def load_reward_models(config: RunConfig, groups: RoleGroups) -> tuple[Role | None, Role | None]:
+    """Reward model and process model, each where ppo.rewards has it. groups: of the reward model, for both."""
+
+    def load(name: str, kind: str, folder: str) -> Role | None:
+        return load_role(name, folder, config, groups, scalar=True) if config.has_reward(kind) else None
+
+    return load("reward", "model", config.model.reward), load("process", "process", config.model.process)
+
+
 def as_scalar(shape: ModelShape) -> ModelShape:
     """The same body with a scalar head."""
     return replace(shape, scalar=True, tie_embeddings=False)
@@ -173,7 +182,7 @@ def make_role(
         load_weights(chunk, reader, source, head="fresh" if fresh_head else "load", seed=config.train.seed)
         if not trained:
             chunk.requires_grad_(False)
-    offload = getattr(config.parallel, name).offload
+    offload = getattr(config.parallel, "reward" if name == "process" else name).offload
     if not trained:
         return Role(name, shape, groups, chunks, list(chunks), None, _memory(chunks, None, offload))
     modules, optimizer = _trainable(chunks, groups, config.optim, eps=eps)

@@ -50,6 +50,12 @@ def raise_on_all(kind: type[PpomaxError], what: str) -> Iterator[None]:
         raise PeerFailedError(f"{what}: it failed on another rank; see that rank's message")
 
 
+def give_from_first_rank(x: torch.Tensor) -> None:
+    """Overwrites x with that of the first rank of the run. Collective over the world."""
+    if dist.get_world_size() > 1:
+        dist.broadcast(x, src=0)
+
+
 def peer_failure(error: Exception) -> PeerFailedError | None:
     """What a collective's error says about another rank; None for an error of this one."""
     text = str(error)

@@ -87,10 +87,11 @@ def planned_roles(
     has_reference = folders.reference not in ("", folders.policy)
 
     def role(name: str, folder: str, **options: bool) -> PlannedRole:
-        scalar = name in ("critic", "reward") and command != "reward"
+        place = "reward" if name == "process" else name
+        scalar = name in ("critic", "reward", "process") and command != "reward"
         shape, source = read(folder, scalar=scalar)
         return PlannedRole(
-            name, shape, layouts[name], source, offload=getattr(config.parallel, name).offload, **options
+            name, shape, layouts[place], source, offload=getattr(config.parallel, place).offload, **options
         )
 
     if command == "sft":
@@ -99,24 +100,28 @@ def planned_roles(
         roles = [_reward_model(role("reward", folders.policy, trained=True), config)]
     else:
         roles = [role("policy", folders.policy, trained=command == "ppo", samples=True)]
-        reward = role("reward", folders.reward)
+        judges = [
+            role(name, folder)
+            for name, kind, folder in (("reward", "model", folders.reward), ("process", "process", folders.process))
+            if config.has_reward(kind)
+        ]
         critic_folder = folders.critic or (folders.policy if config.ppo.critic_init == "sft" else folders.reward)
         if command == "ppo":
             reference = role("reference", folders.reference or folders.policy)
-            roles += [role("critic", critic_folder, trained=True), reference, reward]
+            roles += [role("critic", critic_folder, trained=True), reference, *judges]
         elif command == "critic":
             roles += [role("reference", folders.reference)] if has_reference else []
-            roles += [reward, role("critic", critic_folder, trained=True)]
+            roles += [*judges, role("critic", critic_folder, trained=True)]
         else:
             roles += [role("reference", folders.reference)] if folders.reference else []
-            roles.append(reward)
+            roles += judges
     _check_splits(roles)
     return roles
 
 
 def _reward_model(role: PlannedRole, config: RunConfig) -> PlannedRole:
-    """The model of the stage `reward`: both heads while Eq. 2's second term trains the vocabulary head too."""
-    if role.shape.scalar or config.reward.lm_coef == 0:
+    """The model of the stage `reward`: both heads where Eq. 2's second term trains the vocabulary head too."""
+    if role.shape.scalar or config.reward.lm_coef == 0 or config.reward.labels == "steps":
         return replace(role, shape=_scalar(role.shape))
     return replace(role, extra_scalar_head=True)
 

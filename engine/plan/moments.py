@@ -12,7 +12,7 @@ OFFLOADED: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("optimizer",),
     "all": ("weights", "gradients", "optimizer"),
 }
-SCORING_ORDER = ("reward", "reference", "critic", "policy")
+SCORING_ORDER = ("reward", "process", "reference", "critic", "policy")
 WEIGHTS: tuple[str, ...] = ("weights",)
 TRAINING: tuple[str, ...] = ("weights", "gradients")
 

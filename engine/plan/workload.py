@@ -45,6 +45,9 @@ def make_workload(
     if command == "sft":
         size = config.train.batch_size
         return Workload(size, size, 1, 0, prompt, response, longest)
+    if command == "reward" and config.reward.labels == "steps":
+        size = max(1, min(config.reward.max_pairs, config.reward.tokens_per_batch // (prompt + response)))
+        return Workload(size, size, 1, 0, prompt, response, longest)
     if command == "reward":
         pairs = max(1, min(config.reward.max_pairs, config.reward.tokens_per_batch // (2 * (prompt + response))))
         return Workload(2 * pairs, 2 * pairs, 1, 0, prompt, response, longest, unit=2)

@@ -11,8 +11,9 @@ from ppomax.engine.data.batches import unpad
 from ppomax.engine.data.chat import Template
 from ppomax.engine.data.datasets import PairRow, PromptRow
 from ppomax.engine.models.roles import Role
-from ppomax.engine.ppo.scoring import sequence_scores, token_logprobs
-from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.ppo.scoring import score_responses, sequence_scores, token_logprobs
+from ppomax.engine.ppo.types import Rewards, Rollout
+from ppomax.engine.rewards.mixture import RewardMix
 
 EVALUATION_STEP = -1
 """The step number of evaluation in request seeds: every evaluation of a run draws the same noise."""
@@ -55,26 +56,29 @@ class PolicyEvaluation:
 
 def evaluate_policy(
     policy: Role,
-    reward: Role,
+    reward: Role | None,
     reference: Role | None,
     prompts: Sequence[PromptRow],
     rollout: Rollout,
     train: TrainConfig,
     template: Template,
+    *,
+    process: Role | None = None,
+    rewards: RewardMix | None = None,
 ) -> PolicyEvaluation:
     """Scores sampled responses to held-out prompts (raw scores).
 
-    reference: the KL is measured against it; None leaves it out. Every rank of the run must call it.
+    reference: the KL is measured against it; None leaves it out. rewards: what is summed; None for the reward model's
+    scores alone. Every rank of the run must call it.
     """
     limit = train.tokens_per_microbatch
-    sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
-    scores = sequence_scores(reward, sequences, tokens_per_microbatch=limit)
+    mixed = score_responses(rollout, reward, process, rewards, tokens_per_microbatch=limit)
+    scores = mixed.totals
     logprobs, entropy = token_logprobs(policy, rollout, tokens_per_microbatch=limit)
     ref_logprobs = None
     if reference is not None:
         ref_logprobs, _ = token_logprobs(reference, rollout, tokens_per_microbatch=limit)
         reference.groups.give_to_all(ref_logprobs)
-    reward.groups.give_to_all(scores)
     policy.groups.give_to_all(logprobs)
     policy.groups.give_to_all(entropy)
     mask = rollout.response_mask
@@ -86,23 +90,25 @@ def evaluate_policy(
         "perplexity": (-logprobs.sum() / mask.sum()).exp(),
         "entropy": entropy.sum() / mask.sum(),
     }
+    values |= mixed.metrics()
     if ref_logprobs is not None:
         values["kl"] = (logprobs - ref_logprobs).sum() / mask.sum()
     metrics = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
-    return PolicyEvaluation(metrics, _samples(rollout, scores, prompts, template))
+    return PolicyEvaluation(metrics, _samples(rollout, mixed, prompts, template))
 
 
 def _samples(
-    rollout: Rollout, scores: Tensor, prompts: Sequence[PromptRow], template: Template
+    rollout: Rollout, rewards: Rewards, prompts: Sequence[PromptRow], template: Template
 ) -> list[dict[str, object]]:
-    samples = []
+    samples, totals = [], rewards.totals
     for b, (sequence, row) in enumerate(zip(unpad(rollout.tokens.cpu(), rollout.lengths.cpu()), prompts, strict=True)):
         samples.append(
             {
                 "prompt": [{"role": turn.role, "text": turn.text} for turn in row.turns],
                 "response": template.decode_response(sequence[len(row.tokens) :].tolist()),
-                "reward": float(scores[b]),
+                "reward": float(totals[b]),
                 "finished": bool(rollout.finished[b]),
+                **rewards.of_response(b),
             }
         )
     return samples

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from ppomax.engine.config import PpoConfig
 from ppomax.engine.models.roles import Role
+from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished
-from ppomax.engine.ppo.scoring import RolloutScorer, full_kl, token_logprobs
+from ppomax.engine.ppo.scoring import RolloutScorer, full_kl, mix_rewards, token_logprobs
 from ppomax.engine.ppo.types import Experience, Rollout
+from ppomax.engine.rewards.mixture import RewardMix
 from ppomax.engine.trace import Trace, span
 from ppomax.kernels.experience import experience as token_experience
 from ppomax.kernels.numerics import clamped_log_ratio
@@ -17,12 +19,20 @@ from ppomax.kernels.numerics import clamped_log_ratio
 
 @dataclass(frozen=True)
 class Models:
-    """The four roles. reference is the policy itself where both are frozen and equal (critic pre-training)."""
+    """The roles. reference is the policy itself where both are frozen and equal (critic pre-training). reward, process:
+    None where ppo.rewards does without them.
+    """
 
     policy: Role
     critic: Role
     reference: Role
-    reward: Role
+    reward: Role | None
+    process: Role | None = None
+
+    @property
+    def judge_shapes(self) -> tuple[ModelShape, ...]:
+        """Of reward model and process model, as far as there are such."""
+        return tuple(role.shape for role in (self.reward, self.process) if role is not None)
 
 
 def make_experience(
@@ -33,22 +43,22 @@ def make_experience(
     kl_coef: float,
     config: PpoConfig,
     tokens_per_microbatch: int,
-    step_rewards: Tensor | None = None,
+    rewards: RewardMix | None = None,
     scorer: RolloutScorer | None = None,
     trace: Trace | None = None,
 ) -> tuple[Experience, RewardScaler]:
-    """Scores a rollout with all four roles; returns the experience and the reward moments that now include its scores.
+    """Scores a rollout with all roles; returns the experience and the reward moments that now include its scores.
 
-    step_rewards [B, T] float: extra rewards at any response token (process rewards). scorer: has parts of the rollout
-    already. Every rank of the run must call it: each set of ranks runs its own roles without waiting for the others,
-    then all get all results.
+    rewards: what is summed; None for the reward model's scores alone. scorer: has parts of the rollout already. Every
+    rank of the run must call it: each set of ranks runs its own roles without waiting for the others, then all get all
+    results.
     """
     limit = tokens_per_microbatch
     mask = rollout.response_mask
     if scorer is None:
-        scorer = make_scorer(models, tokens_per_microbatch, is_early=False)
+        scorer = make_scorer(models, tokens_per_microbatch, rewards=rewards, is_early=False)
     scored = scorer.finish(rollout)
-    scores, values = scored.scores, scored.values
+    values = scored.values
     with span(trace, "policy log-probs", is_here=models.policy.is_here):
         logprobs = policy_logprobs(rollout, models.policy, config, limit)
     ref_logprobs = logprobs if scored.ref_logprobs is None else scored.ref_logprobs
@@ -56,14 +66,14 @@ def make_experience(
     if config.kl_estimator == "full":
         kl = full_kl(models.policy, models.reference, rollout, tokens_per_microbatch=limit)
         models.policy.groups.give_to_all(kl)
-    models.reward.groups.give_to_all(scores)
+    mixed = mix_rewards(rollout, scored.scores, scored.steps, models.reward, models.process, rewards)
     models.critic.groups.give_to_all(values)
     if scored.ref_logprobs is not None:
         models.reference.groups.give_to_all(ref_logprobs)
     if config.old_logprobs == "recompute":
         models.policy.groups.give_to_all(logprobs)
-    scaler = scaler.update(scores)
-    scaled = penalise_unfinished(scaler.apply(scores, config), rollout.finished, config)
+    scaler = scaler.update(mixed.totals)
+    scaled = penalise_unfinished(scaler.apply(mixed.scores, config), rollout.finished, config)
     tokens = token_experience(
         scaled,
         logprobs,
@@ -74,12 +84,12 @@ def make_experience(
         kl_estimator=config.kl_estimator,
         gamma=config.gamma,
         lam=config.lam,
-        step_rewards=step_rewards,
+        step_rewards=None if mixed.steps is None else scaler.apply_to_steps(mixed.steps, config),
         kl=kl,
     )
     result = Experience(
         rollout=rollout,
-        scores=scores,
+        scores=mixed.totals,
         logprobs=logprobs,
         old_logprobs=ref_logprobs if config.importance_sampling else logprobs,
         ref_logprobs=ref_logprobs,
@@ -88,6 +98,7 @@ def make_experience(
         token_rewards=tokens.rewards,
         advantages=tokens.advantages,
         returns=tokens.returns,
+        rewards=mixed,
     )
     return result, scaler
 
@@ -108,7 +119,12 @@ def not_finite(experience: Experience) -> str | None:
 
 
 def make_scorer(
-    models: Models, tokens_per_microbatch: int, *, is_early: bool, trace: Trace | None = None
+    models: Models,
+    tokens_per_microbatch: int,
+    *,
+    rewards: RewardMix | None = None,
+    is_early: bool,
+    trace: Trace | None = None,
 ) -> RolloutScorer:
     """For one rollout. is_early: parts of it will come while the policy samples the rest."""
     reference = None if models.reference is models.policy else models.reference
@@ -116,7 +132,16 @@ def make_scorer(
     # A frozen policy is idle in the update; a trained one is needed in any case.
     following = models.policy if models.policy.optimizer is not None else None
     roles, limit = (models.reward, models.critic, reference), tokens_per_microbatch
-    return RolloutScorer(*roles, sampler=sampler, following=following, limit=limit, trace=trace)
+    step_ends = rewards.step_ends if rewards is not None else None
+    return RolloutScorer(
+        *roles,
+        process=models.process,
+        step_ends=step_ends,
+        sampler=sampler,
+        following=following,
+        limit=limit,
+        trace=trace,
+    )
 
 
 def policy_logprobs(rollout: Rollout, policy: Role, config: PpoConfig, tokens_per_microbatch: int) -> Tensor:

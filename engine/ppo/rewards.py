@@ -13,7 +13,8 @@ from ppomax.engine.config import PpoConfig
 
 @dataclass(frozen=True)
 class RewardScaler:
-    """Moments of all scores seen so far (P p.16: "historical mean and variance"), in double precision.
+    """Moments of all scores seen so far (P p.16: "historical mean and variance"), in double precision. A score is what
+    a response gets in all.
 
     count: scores seen. mean, m2: their mean and sum of squared distances from it. The global batch is folded in once
     per rollout, in prompt order, so the moments are the same for every layout.
@@ -62,6 +63,16 @@ class RewardScaler:
         if config.reward_clip is not None:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)
         return scores
+
+    def apply_to_steps(self, rewards: Tensor, config: PpoConfig) -> Tensor:
+        """Rewards of steps [B, T] by the same standard deviation and clip. The mean is that of whole responses: `apply`
+        takes it off once, at their end.
+        """
+        if config.reward_scaling != "none":
+            rewards = rewards / self.std
+        if config.reward_clip is not None:
+            rewards = rewards.clamp(-config.reward_clip, config.reward_clip)
+        return rewards
 
 
 @dataclass(frozen=True)

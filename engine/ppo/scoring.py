@@ -4,17 +4,18 @@ Results are whole on every rank of the role. On other ranks they are 0 at once, 
 their own work at the same time, and `make_experience` brings their results together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ppomax.engine.data.batches import Pack, Rows, last_token_rows, response_rows, unpad
+from ppomax.engine.data.batches import Pack, Rows, end_rows, last_token_rows, response_rows, unpad
 from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
-from ppomax.engine.ppo.types import Rollout, take_rows
+from ppomax.engine.ppo.types import Rewards, Rollout, take_rows
+from ppomax.engine.rewards.mixture import RewardMix
 from ppomax.engine.trace import Trace, span
 from ppomax.kernels.linear_full_kl import linear_full_kl
 
@@ -66,6 +67,24 @@ def sequence_scores(role: Role, sequences: Sequence[Tensor], *, tokens_per_micro
     return scores.squeeze(-1)
 
 
+def step_values(role: Role, rollout: Rollout, is_end: Tensor, *, tokens_per_microbatch: int) -> Tensor:
+    """[B, T] float32: the process model's judgement of each step, from -1 (surely wrong) to 1 (surely right); 0 where
+    no step ends.
+
+    is_end [B, T] bool: True where tokens[:, t + 1] is the last token of a step, at which the model is read. Its scalar
+    is the logit of "right" (train_process.py), of which this is 2 sigmoid - 1.
+    """
+    if not role.is_here:
+        return torch.zeros(is_end.shape, device=role.device)
+    sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
+    packs = role_packs(role, sequences, end_rows(is_end.cpu()), tokens_per_microbatch)
+    with role.memory.resident("weights"):
+        logits = run_forward(
+            role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), is_end.numel()
+        )
+    return torch.tanh(logits.view(is_end.shape) / 2) * is_end
+
+
 def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_microbatch: int) -> Tensor:
     """[B, T] float32: KL(policy || reference) over the whole vocabulary at each response token, nats.
 
@@ -101,15 +120,19 @@ def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_micro
 
 @dataclass(frozen=True)
 class Scored:
-    """scores [B], values and ref_logprobs [B, T] float32 of a rollout; ref_logprobs None where they are not wanted."""
+    """scores [B], values, ref_logprobs and steps [B, T] float32 of a rollout. scores: 0 without a reward model.
+    ref_logprobs: None where they are not wanted. steps: the process model's, None without one.
+    """
 
     scores: Tensor
     values: Tensor
     ref_logprobs: Tensor | None
+    steps: Tensor | None = None
 
 
 class RolloutScorer:
-    """Reward model, critic and reference over one rollout, which may come in parts while the rest is being sampled.
+    """Reward model, process model, critic and reference over one rollout, which may come in parts while the rest is
+    being sampled.
 
     reference: None where its log-probs are not wanted. sampler: the role that samples meanwhile; then all roles are on
     all ranks.
@@ -120,22 +143,27 @@ class RolloutScorer:
 
     def __init__(
         self,
-        reward: Role,
+        reward: Role | None,
         critic: Role,
         reference: Role | None,
         *,
+        process: Role | None = None,
+        step_ends: Callable[[Rollout], Tensor] | None = None,
         sampler: Role | None = None,
         following: Role | None = None,
         limit: int,
         trace: Trace | None = None,
     ) -> None:
-        """following: computes next; its weights come while the critic computes. limit: tokens of a micro-batch."""
+        """step_ends: where the process model judges, [B, T] bool. following: computes next; its weights come while the
+        critic computes. limit: tokens of a micro-batch.
+        """
         self._reward, self._critic, self._reference, self._limit = reward, critic, reference, limit
+        self._process, self._step_ends = process, step_ends
         self._following, self._trace = following, trace
         self._parts: list[tuple[Tensor, Scored]] = []
-        layouts = [role.groups.layout for role in (reward, critic, reference, sampler) if role is not None]
+        layouts = [role.groups.layout for role in (reward, process, critic, reference, sampler) if role is not None]
         is_whole = all(layout.tp * layout.pp == 1 for layout in layouts)
-        self._stream = torch.cuda.Stream() if reward.device.type == "cuda" and sampler and is_whole else None
+        self._stream = torch.cuda.Stream() if critic.device.type == "cuda" and sampler and is_whole else None
 
     @property
     def num_scored(self) -> int:
@@ -163,14 +191,21 @@ class RolloutScorer:
         left = is_left.nonzero().flatten()
         parts = [*self._parts, *([(left, self._score(take_rows(rollout, left)))] if len(left) else [])]
         scores = torch.zeros(len(is_left), device=is_left.device)
-        values, ref_logprobs = torch.zeros(2, *rollout.response_mask.shape, device=is_left.device)
+        values, ref_logprobs, steps = torch.zeros(3, *rollout.response_mask.shape, device=is_left.device)
         for rows, scored in parts:
             num_columns = scored.values.shape[1]
             scores[rows] = scored.scores
             values[rows, :num_columns] = scored.values
             if scored.ref_logprobs is not None:
                 ref_logprobs[rows, :num_columns] = scored.ref_logprobs
-        return Scored(scores, values, None if self._reference is None else ref_logprobs)
+            if scored.steps is not None:
+                steps[rows, :num_columns] = scored.steps
+        return Scored(
+            scores,
+            values,
+            None if self._reference is None else ref_logprobs,
+            None if self._process is None else steps,
+        )
 
     def _join(self) -> None:
         """Lets the current stream read what the other one has scored."""
@@ -185,11 +220,20 @@ class RolloutScorer:
 
     def _score(self, rollout: Rollout) -> Scored:
         limit = self._limit
-        sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
-        with self._reward.memory.resident("weights"), span(self._trace, "reward scores", is_here=self._reward.is_here):
-            second = self._reference or self._critic
-            second.memory.prefetch("weights")  # they come while this role computes
-            scores = sequence_scores(self._reward, sequences, tokens_per_microbatch=limit)
+        second = self._reference or self._critic
+        scores = torch.zeros(len(rollout.lengths), device=self._critic.device)
+        if self._reward is not None:
+            sequences, is_here = unpad(rollout.tokens.cpu(), rollout.lengths.cpu()), self._reward.is_here
+            with self._reward.memory.resident("weights"), span(self._trace, "reward scores", is_here=is_here):
+                (self._process or second).memory.prefetch("weights")  # they come while this role computes
+                scores = sequence_scores(self._reward, sequences, tokens_per_microbatch=limit)
+        steps = None
+        if self._process is not None and self._step_ends is not None:
+            is_here = self._process.is_here
+            with self._process.memory.resident("weights"), span(self._trace, "process scores", is_here=is_here):
+                second.memory.prefetch("weights")
+                is_end = self._step_ends(rollout)
+                steps = step_values(self._process, rollout, is_end, tokens_per_microbatch=limit)
         ref_logprobs = None
         if self._reference is not None:
             is_here = self._reference.is_here
@@ -200,7 +244,41 @@ class RolloutScorer:
             if self._following is not None:
                 self._following.memory.prefetch("weights")
             values = token_values(self._critic, rollout, tokens_per_microbatch=limit)
-        return Scored(scores, values, ref_logprobs)
+        return Scored(scores, values, ref_logprobs, steps)
+
+
+def score_responses(
+    rollout: Rollout,
+    reward: Role | None,
+    process: Role | None,
+    rewards: RewardMix | None,
+    *,
+    tokens_per_microbatch: int,
+) -> Rewards:
+    """The rewards of a rollout, models and functions. Every rank of the run must call it."""
+    scores, steps = torch.zeros(len(rollout.lengths), device=rollout.tokens.device), None
+    if reward is not None:
+        sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
+        scores = sequence_scores(reward, sequences, tokens_per_microbatch=tokens_per_microbatch)
+    if process is not None and rewards is not None:
+        is_end = rewards.step_ends(rollout)
+        steps = step_values(process, rollout, is_end, tokens_per_microbatch=tokens_per_microbatch)
+    return mix_rewards(rollout, scores, steps, reward, process, rewards)
+
+
+def mix_rewards(
+    rollout: Rollout,
+    scores: Tensor,
+    steps: Tensor | None,
+    reward: Role | None,
+    process: Role | None,
+    rewards: RewardMix | None,
+) -> Rewards:
+    """The rewards of a rollout, from what its models have scored on their ranks. Every rank of the run must call it."""
+    for role, values in ((reward, scores), (process, steps)):
+        if role is not None and values is not None:
+            role.groups.give_to_all(values)
+    return Rewards(scores, None, {}, None) if rewards is None else rewards.apply(rollout, scores, steps)
 
 
 def _response_sequences(rollout: Rollout) -> tuple[list[Tensor], Rows]:

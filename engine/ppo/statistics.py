@@ -48,6 +48,7 @@ def rollout_statistics(experience: Experience) -> RolloutStatistics:
         **_of_lengths(experience, responses["response_length"]),
         **_of_critic(experience),
         **_of_repetition(experience, responses),
+        **(experience.rewards.metrics() if experience.rewards is not None else {}),
     }
     rollout = experience.rollout
     if experience.logprobs is not rollout.sampling_logprobs:

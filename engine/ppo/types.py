@@ -6,6 +6,7 @@ every rank holds all of them, and every statistic over them is the same on every
 (docs/design.md, "The global batch").
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,47 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Rewards:
+    """Raw, weighted rewards of a rollout. scores [B] float32: of whole responses. steps [B, T] float32: of steps, at
+    their last tokens, 0 elsewhere; None where no row is per step. values: of each row by its label, without weight,
+    [B] or [B, T]. is_end [B, T] bool: where steps end; None as steps.
+    """
+
+    scores: Tensor
+    steps: Tensor | None
+    values: Mapping[str, Tensor]
+    is_end: Tensor | None
+
+    @property
+    def totals(self) -> Tensor:
+        """[B] float32: all that a response gets."""
+        return self.scores if self.steps is None else self.scores + self.steps.sum(1)
+
+    def of_response(self, b: int) -> dict[str, object]:
+        """Under "rewards" the raw value of each row for one response, or those of its steps; nothing without rows."""
+        is_end = torch.zeros(0) if self.is_end is None else self.is_end[b]
+        found = {n: x[b].item() if x.dim() == 1 else x[b][is_end].tolist() for n, x in self.values.items()}
+        return {"rewards": found} if found else {}
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Means of the rows' raw values: over responses, or over steps; and how many steps a response has."""
+        if self.is_end is None:
+            return {f"reward/{name}": values.mean() for name, values in self.values.items()}
+        num_steps = self.is_end.sum()
+        means = {
+            f"reward/{name}": values.sum() / num_steps.clamp(min=1) if values.dim() == 2 else values.mean()
+            for name, values in self.values.items()
+        }
+        return means | {"response_steps": num_steps / len(self.is_end)}
+
+
+@dataclass(frozen=True)
 class Experience:
     """A rollout with everything that the update needs; each tensor [B, T] float32 and 0 outside response_mask, scores
     [B] float32.
 
-    scores: raw reward-model scores. kl: the chosen estimator of KL(policy || reference) per token, nats.
+    scores: raw, weighted rewards of the whole response, its steps included; rewards: what they are made of, None for
+    a minibatch. kl: the chosen estimator of KL(policy || reference) per token, nats.
     logprobs: of the policy at rollout time. old_logprobs: the denominator of the ratio: the same, or the reference's
     under importance sampling.
     """
@@ -57,6 +94,7 @@ class Experience:
     token_rewards: Tensor
     advantages: Tensor
     returns: Tensor
+    rewards: Rewards | None = None
 
 
 def response_mask(prompt_lengths: Tensor, lengths: Tensor, num_columns: int) -> Tensor:

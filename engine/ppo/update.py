@@ -232,7 +232,7 @@ def take(experience: Experience, members: Tensor) -> Experience:
     """The experience of some sequences of the batch."""
     index = members.to(experience.scores.device)
     rollout = Rollout(**{name: value[index] for name, value in vars(experience.rollout).items() if value is not None})
-    rest = {name: value[index] for name, value in vars(experience).items() if name != "rollout"}
+    rest = {name: value[index] for name, value in vars(experience).items() if name not in ("rollout", "rewards")}
     return Experience(rollout=rollout, **rest)
 
 

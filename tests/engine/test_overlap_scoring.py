@@ -24,7 +24,7 @@ EOS = 1
 
 @pytest.fixture(scope="module")
 def roles():
-    """policy, reward, critic, reference."""
+    """policy, reward, critic, reference, process."""
     torch.set_num_threads(1)
     start(60)
     groups = role_groups(RunConfig())
@@ -36,9 +36,11 @@ def roles():
         config = RunConfig.model_validate({"model": {"init": init.model_dump()}, "train": {"seed": seed}})
         shape = shape_from_init(init, 17)
         shape = as_scalar(shape) if scalar else shape
-        return make_role(name, shape, random_reader(shape, config), config, groups[name], source="random")
+        place = "reward" if name == "process" else name
+        return make_role(name, shape, random_reader(shape, config), config, groups[place], source="random")
 
-    yield role("policy", 1), role("reward", 2, scalar=True), role("critic", 3, scalar=True), role("reference", 4)
+    scalars = role("reward", 2, scalar=True), role("critic", 3, scalar=True)
+    yield role("policy", 1), *scalars, role("reference", 4), role("process", 5, scalar=True)
     stop()
 
 
@@ -48,8 +50,13 @@ def respond(policy, watch=None):
 
 
 def scorer_of(roles, reference=True):
-    policy, reward, critic, ref = roles
-    return RolloutScorer(reward, critic, ref if reference else None, sampler=policy, limit=64)
+    policy, reward, critic, ref, process = roles
+    options = {"process": process, "step_ends": step_ends, "sampler": policy, "limit": 64}
+    return RolloutScorer(reward, critic, ref if reference else None, **options)
+
+
+def step_ends(rollout):
+    return rollout.response_mask & (rollout.tokens[:, 1:] % 4 == EOS)
 
 
 def test_responses_are_told_once_and_whole_while_others_are_sampled(roles, monkeypatch):

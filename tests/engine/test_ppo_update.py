@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppomax.engine.config import ArchitectureConfig, PpoConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import ArchitectureConfig, PpoConfig, RewardSource, RunConfig, SamplingConfig
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.errors import DivergedError
 from ppomax.engine.models.roles import as_scalar, make_role, random_reader, role_groups
@@ -18,6 +18,8 @@ from ppomax.engine.ppo.rewards import RewardScaler
 from ppomax.engine.ppo.scoring import token_logprobs, token_values
 from ppomax.engine.ppo.statistics import rollout_statistics
 from ppomax.engine.ppo.update import Ratios, UpdateSettings, take, update
+from ppomax.engine.rewards.functions import Response
+from ppomax.engine.rewards.mixture import RewardMix
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.steps import StepCounter, language_model_gradients
 
@@ -161,24 +163,85 @@ def test_responses_without_eos_are_penalised_or_left_out(models, rollout):
     assert torch.equal(mask[0], rollout.response_mask[0])
 
 
+def one_row_mix(values, is_end, **settings):
+    """A mixture of the reward model and a function per step that gives values [B, T] where is_end [B, T] is True."""
+
+    class Given(RewardMix):
+        def step_ends(self, rollout):
+            return is_end
+
+        def responses(self, rollout):
+            return [Response((), "", "", 0, True, ("",) * int(row.sum())) for row in is_end]
+
+    steps = RewardSource(kind="function", path="a:b", name="steps", per_step=True, **settings)
+    functions = {"steps": lambda responses: [v[e].tolist() for v, e in zip(values, is_end, strict=True)]}
+    return Given((RewardSource(kind="model", weight=2.0), steps), functions, None, "", {})
+
+
 def test_step_rewards_reach_the_advantages_of_earlier_tokens_only(models, rollout):
+    """Hand-worked: gamma 1, lambda 0.9, unscaled, a step of reward 1 at the third token and one of -2 at the fifth."""
+    config = BASE.model_copy(update={"reward_scaling": "none", "reward_clip": None})
     longest = int(rollout.response_mask.sum(1).argmax())
     columns = rollout.response_mask[longest].nonzero().squeeze(1)
-    step_rewards = torch.zeros_like(rollout.sampling_logprobs)
-    step_rewards[longest, columns[2]] = 1.0
-    plain = experience_of(rollout, models)
-    with_steps, _ = make_experience(
-        rollout,
-        models,
-        RewardScaler(),
-        kl_coef=0.1,
-        config=BASE,
-        tokens_per_microbatch=LIMIT,
-        step_rewards=step_rewards,
+    assert len(columns) >= 6
+    values, is_end = torch.zeros_like(rollout.sampling_logprobs), torch.zeros_like(rollout.response_mask)
+    values[longest, columns[2]], values[longest, columns[4]] = 0.5, -1.0
+    is_end[longest, columns[2]] = is_end[longest, columns[4]] = True
+    model_alone = replace(one_row_mix(values, is_end & False), sources=(RewardSource(kind="model", weight=2.0),))
+    results = [
+        make_experience(
+            rollout, models, RewardScaler(), kl_coef=0.1, config=config, tokens_per_microbatch=LIMIT, rewards=mix
+        )[0]
+        for mix in (model_alone, one_row_mix(values, is_end, weight=2.0))
+    ]
+    change = (results[1].advantages - results[0].advantages)[longest, columns]
+    # -2 at the fifth token reaches the third as -2 * 0.9 ** 2.
+    expected = [0.81 - 2 * 0.9**4, 0.9 - 2 * 0.9**3, 1 - 2 * 0.9**2, -1.8, -2.0] + [0.0] * (len(columns) - 5)
+    assert torch.allclose(change, torch.tensor(expected), atol=1e-5)
+    rewards = (results[1].token_rewards - results[0].token_rewards)[longest]
+    assert rewards.nonzero().flatten().tolist() == columns[[2, 4]].tolist()
+    others = torch.arange(len(PROMPTS)) != longest
+    assert torch.equal(results[1].advantages[others], results[0].advantages[others])
+    assert float(results[1].scores[longest] - results[0].scores[longest]) == pytest.approx(-1.0, abs=1e-6)
+
+
+def test_moments_are_those_of_whole_responses_and_scale_steps_too(models, rollout):
+    generator = torch.Generator().manual_seed(0)
+    is_end = rollout.response_mask & (torch.rand(rollout.response_mask.shape, generator=generator) < 0.5)
+    values = torch.randn(is_end.shape, generator=generator) * 30 * is_end
+    config = BASE.model_copy(update={"kl_coef": 0.0, "reward_clip": None})
+    options = {"kl_coef": 0.0, "config": config, "tokens_per_microbatch": LIMIT}
+    mix = one_row_mix(values, is_end)
+    experience, scaler = make_experience(rollout, models, RewardScaler(), rewards=mix, **options)
+    plain, _ = make_experience(rollout, models, RewardScaler(), **options)
+    totals = 2 * plain.scores + values.sum(1)
+    torch.testing.assert_close(experience.scores, totals)
+    assert (scaler.mean, scaler.std) == pytest.approx((float(totals.mean()), float(totals.std())))
+    # The sum of a response's token rewards is its normalised total; each step has its own share where it ends.
+    torch.testing.assert_close(experience.token_rewards.sum(1), (totals - totals.mean()) / totals.std())
+    last = rollout.lengths - 2
+    inner = is_end.clone()
+    inner[torch.arange(len(PROMPTS)), last] = False
+    torch.testing.assert_close(experience.token_rewards[inner], (values / totals.std())[inner])
+    clipped = config.model_copy(update={"reward_clip": 0.5})
+    experience, _ = make_experience(rollout, models, RewardScaler(), rewards=mix, **options | {"config": clipped})
+    assert experience.token_rewards[inner].abs().max() == 0.5
+    metrics = rollout_statistics(experience).metrics
+    assert metrics["reward/steps"] == pytest.approx(float(values.sum() / is_end.sum()))
+    assert metrics["reward/model"] == pytest.approx(float(plain.scores.mean()))
+
+
+def test_the_reward_model_alone_gives_the_same_bits_through_the_mixture(models, rollout):
+    plain, scaler = make_experience(
+        rollout, models, RewardScaler(), kl_coef=0.1, config=BASE, tokens_per_microbatch=LIMIT
     )
-    change = (with_steps.advantages - plain.advantages)[longest, columns]
-    expected = torch.tensor([0.81, 0.9, 1.0] + [0.0] * (len(columns) - 3))
-    assert torch.allclose(change, expected, atol=1e-5)
+    mix = replace(one_row_mix(None, None), sources=(RewardSource(kind="model"),))
+    mixed, same_scaler = make_experience(
+        rollout, models, RewardScaler(), kl_coef=0.1, config=BASE, tokens_per_microbatch=LIMIT, rewards=mix
+    )
+    assert scaler == same_scaler
+    for name in ("scores", "token_rewards", "advantages", "returns"):
+        assert torch.equal(getattr(plain, name), getattr(mixed, name)), name
 
 
 def test_ptx_adds_its_gradient_to_that_of_the_policy_loss(models, rollout):

@@ -64,7 +64,7 @@ def test_operations_are_two_for_each_weight_and_token_and_three_times_that_with_
     init = ArchitectureConfig(hidden_size=64, num_layers=2, ffn_hidden_size=128, vocab_size=1000)
     policy, scalar = shape_from_init(init, 1000), shape_from_init(init, 1000, scalar=True)
     lengths, sampled = [1.0, 1.0], [1.0, 1.0]  # almost nothing to attend to
-    shapes = Shapes(policy, scalar, policy, scalar)
+    shapes = Shapes(policy, scalar, policy, (scalar,))
     work = iteration_work(shapes, lengths, sampled, PpoConfig(preset="none", epochs=2), trains=True)
     # Norms have no products, and the embedding is read, not multiplied.
     weights = policy.num_parameters() - 1000 * 64 - 5 * 64
