@@ -136,7 +136,7 @@ def test_each_error_of_a_stage_has_its_exit_code_and_no_traceback(complete, stag
 def test_help_prints_one_row_per_exit_code(capsys):
     assert cli.main(["help", "exit-codes"]) == 0
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert rows == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130", "143"]
+    assert rows == ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "130", "143"]
 
 
 def test_the_documented_exit_codes_are_those_of_the_errors():
