@@ -49,7 +49,6 @@ def held() -> dict[str, float]:
     lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     memory = {line[0].rstrip(":").lower(): float(line[1]) / 1024 for line in lines}
     return {
-        "pss": memory["pss"],
         "rss": memory["rss"],
         "anonymous": memory["anonymous"],
         "descriptors": len(os.listdir("/proc/self/fd")),
@@ -80,7 +79,8 @@ def test_two_hundred_steps_leave_nothing_behind(on_ranks: Any, tiny: Any, tmp_pa
             for name in kept[0]
         }
         print(layout, "rank", rank, json.dumps({name: [round(x, 4) for x in pair] for name, pair in medians.items()}))
-        for name in ("pss", "rss"):
+        # Not PSS: the pool's workers are forked, so that its share of common pages depends on what the others do.
+        for name in ("rss", "anonymous"):
             assert medians[name][1] == pytest.approx(medians[name][0], rel=0.02), name
         for name in ("descriptors", "threads", "shared_memory"):
             assert medians[name][1] <= medians[name][0], name
