@@ -113,7 +113,7 @@ function drawChart(state) {
   const clip = "clip-" + state.title.replace(/[^A-Za-z0-9]/g, "-");
   const body = svg("g", { "clip-path": `url(#${clip})` });
   const root = svg("svg", { width, height: HEIGHT, role: "img", "aria-label": flat(state.title) + " over steps" },
-    svg("clipPath", { id: clip }, svg("rect", { x: EDGE.left, y: 0, width: Math.max(0, right - EDGE.left), height: bottom + 4 })),
+    svg("clipPath", { id: clip }, svg("rect", { x: EDGE.left - 4, y: 0, width: Math.max(0, right - EDGE.left + 8), height: bottom + 4 })),
     axes(x0, x1, y0, y1, isLog, px, bottom, right), body);
   for (const event of events) {
     if (event.step < x0 || event.step > x1) continue;
