@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppomax.engine.checkpoint import plan_role
-from ppomax.engine.checkpoint_chunks import Written, write_chunks
+from ppomax.engine.checkpoint_chunks import Written
 from ppomax.engine.checkpoint_folders import (
     Publication,
     Retention,
@@ -192,38 +192,3 @@ class Saver:
             f"cannot write the checkpoint {save.final}: {'; '.join(text for text in texts if text)}; check the free "
             f"space and the permissions of {self.folder}, then resume from {self.published or 'the start'}"
         )
-
-
-class InlineWriter:
-    """Writes at once, in this process: training waits for the disk."""
-
-    def __init__(self) -> None:
-        self._answer: dict[Path, Written] | Exception = {}
-        self._is_begun = False
-
-    def add(self, path: Path, tensors: tuple[Tensor, ...]) -> None:
-        if not self._is_begun:
-            self._answer, self._is_begun = {}, True
-        if isinstance(self._answer, dict):
-            try:
-                self._answer[path] = write_chunks(path, (tensor.cpu() for tensor in tensors))
-            except OSError as error:
-                self._answer = error
-
-    def start(self) -> None:
-        if not self._is_begun:
-            self._answer = {}
-        self._is_begun = False
-
-    def publish(self, publication: Publication) -> None:
-        self._answer = {}
-        try:
-            publication.run()
-        except OSError as error:
-            self._answer = error
-
-    def answer(self, timeout: float) -> dict[Path, Written] | Exception | None:
-        return self._answer
-
-    def close(self) -> None:
-        """Nothing runs."""

@@ -576,6 +576,9 @@ class CheckpointConfig(Section):
     """Save after every this many steps; 0: only the final Hugging Face folder."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    asynchronous: bool = True
+    """Write in a process beside each rank: training waits for a copy in host memory (as large as the rank's share of
+    the checkpoint), not for the disk."""
 
 
 class MonitorConfig(Section):

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ppomax.engine.checkpoint import load_checkpoint
 from ppomax.engine.checkpoint_folders import Retention
-from ppomax.engine.checkpoint_saver import InlineWriter, Saver
+from ppomax.engine.checkpoint_saver import Saver
 from ppomax.engine.checkpoint_verify import VerifiedCheckpoint, find_checkpoint
+from ppomax.engine.checkpoint_writers import InlineWriter, ProcessWriter
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
 from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
-from ppomax.engine.errors import ConfigError, DoesNotFitError, RunStopped
+from ppomax.engine.errors import CheckpointError, ConfigError, DivergedError, DoesNotFitError, RunStopped
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
@@ -86,6 +87,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
     device = start(config.parallel.timeout_seconds, agreed=settings(config))
     stop_signal, stopped = StopSignal(config.train.stop_seconds), None
     watchdog = Watchdog(config.parallel.timeout_seconds)
+    saver: Saver | None = None
     try:
         meter = MemoryMeter(device)
         groups = role_groups(config)
@@ -98,7 +100,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
             log.say(line)
         saver = Saver(
             checkpoint_folder(config),
-            InlineWriter(),
+            ProcessWriter() if config.checkpoint.asynchronous else InlineWriter(),
             Retention(config.checkpoint.keep),
             resumed=resume,
             timeout_seconds=config.parallel.timeout_seconds,
@@ -124,6 +126,11 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         log.write_json("plan.json", plan_record(plan, peaks, what=meter.what))
     except BaseException as error:
         watchdog.explain(error)
+        if saver is not None:
+            if isinstance(error, DivergedError):  # on all ranks: what is being saved was good
+                with contextlib.suppress(CheckpointError):
+                    saver.finish()
+            saver.close()
         # Peers may wait in a collective: leaving the group could wait for them in turn. The process ends, and torchrun
         # ends the others.
         if dist.get_world_size() == 1:
@@ -185,7 +192,7 @@ def end_step(
     if asked or is_due(session.config.checkpoint.every, step):
         require_finite_weights(roles.values(), counter)
         saver.save(step, roles, {"state": dict(state)})
-    if asked:
+    if asked or not session.config.checkpoint.asynchronous:
         saver.finish()
     counter.last_good = str(saver.published or counter.last_good)
     if asked:

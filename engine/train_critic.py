@@ -48,7 +48,7 @@ def run(config: RunConfig) -> None:
         if session.resume:
             state = restore(session, {"critic": critic})
             step, scaler, is_done = state["step"], RewardScaler(**state["scaler"]), state.get("is_done", False)
-            counter.resume(state["optimizer_step"], state.get("skipped", 0), session.resume)
+            counter.resume(state["optimizer_step"], state.get("skipped", 0), session.resume.path)
         order = prompts.order(config.train.seed)
         clock = phase_clock(config, session.device, session.world_size)
         own_reference = None if reference is policy else reference.shape

@@ -83,7 +83,7 @@ def run(config: RunConfig) -> None:
         trained = {"policy": models.policy, "critic": models.critic}
         if session.resume:
             state = TrainState.from_json(restore(session, trained))
-            counter.resume(state.optimizer_step, state.skipped, session.resume)
+            counter.resume(state.optimizer_step, state.skipped, session.resume.path)
             _check_carried(state, config)
         order = prompts.order(train.seed)
         ptx = PtxBatches(session) if config.data.ptx and ppo.ptx_coef > 0 else None

@@ -37,7 +37,7 @@ def run(config: RunConfig) -> None:
         counter = StepCounter(0, len(batches), config.train.max_skipped_steps)
         if session.resume:
             state = restore(session, {"reward": model})
-            counter.resume(state["step"], state.get("skipped", 0), session.resume)
+            counter.resume(state["step"], state.get("skipped", 0), session.resume.path)
         while counter.step < len(batches):
             pairs = batches[counter.step]
             losses = reward_gradients(model, pairs, config)

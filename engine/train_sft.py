@@ -31,7 +31,7 @@ def run(config: RunConfig) -> None:
         counter = StepCounter(0, num_steps, train.max_skipped_steps)
         if session.resume:
             state = restore(session, {"policy": policy})
-            counter.resume(state["step"], state.get("skipped", 0), session.resume)
+            counter.resume(state["step"], state.get("skipped", 0), session.resume.path)
         while counter.step < num_steps:
             rows = dataset.take(order, counter.step * train.batch_size, train.batch_size)
             loss = language_model_gradients(policy, rows, train.tokens_per_microbatch)
