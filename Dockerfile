@@ -10,7 +10,7 @@ COPY tools /opt/ppomax/tools
 COPY examples /opt/ppomax/examples
 RUN python -m pip install "/opt/ppomax[datasets]" && python -c "import torch, ppomax.engine.cli" && ppomax version
 
-RUN useradd --create-home --shell /bin/bash ppomax && mkdir -p /workspace && chown ppomax /workspace
+RUN useradd --uid 10001 --create-home --shell /bin/bash ppomax && mkdir -p /workspace && chown ppomax /workspace
 USER ppomax
 WORKDIR /workspace
 CMD ["ppomax", "help"]

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -119,7 +120,8 @@ def progress_bar(step: int, num_steps: int, width: int = 12) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "command": " ".join(sys.argv[1:])}
+    command = re.sub(r"://[^/@\s]+@", "://***@", " ".join(sys.argv[1:]))  # credentials in an address
+    found = {"python": platform.python_version(), "platform": platform.platform(), "command": command}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
