@@ -71,9 +71,11 @@ def arguments_of(config: dict[str, Any]) -> list[str]:
     return ["ppo", "ppo.preset=none", *fields]
 
 
-def start_both(hosts: Any, tmp_path: Path, arguments: list[str], name: str) -> tuple[list[Any], list[Path]]:
+def start_both(
+    hosts: Any, tmp_path: Path, arguments: list[str], name: str, **environment: str
+) -> tuple[list[Any], list[Path]]:
     logs = [tmp_path / f"{name}_{host}.log" for host in range(2)]
-    return [hosts.torchrun(host, logs[host], arguments, run_id=name) for host in range(2)], logs
+    return [hosts.torchrun(host, logs[host], arguments, run_id=name, **environment) for host in range(2)], logs
 
 
 def end_of(process: subprocess.Popen[str], log: Path, seconds: float) -> str:
@@ -100,7 +102,7 @@ def test_a_run_that_loses_a_host_goes_on_exactly(
     config["train"]["resume"] = "auto"
     arguments = arguments_of(config)
 
-    processes, logs = start_both(hosts, tmp_path, arguments, "first")
+    processes, logs = start_both(hosts, tmp_path, arguments, "first", RANKS_GONE_SECONDS="5")
     assert namespaces.wait_for(lambda: len(records(output)) >= CUT_AFTER, 240), logs[0].read_text()
     hosts.cut()
     cut = time.monotonic()

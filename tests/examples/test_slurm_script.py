@@ -128,7 +128,8 @@ def test_a_job_that_is_done_is_not_queued_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_fails_while_it_stops_is_not_queued_again(tmp_path: Path) -> None:
-    process = start(tmp_path, seconds=300, SCANCEL_REACHES="tasks", RANK_CODE="6")
+    # The torchrun of the host that has saved waits for the other one for minutes.
+    process = start(tmp_path, seconds=300, SCANCEL_REACHES="tasks", RANK_CODE="6", RANKS_GONE_SECONDS="3")
     ask_to_stop(process, tmp_path)
     printed = end_of(process)
     assert process.returncode != 0, printed
