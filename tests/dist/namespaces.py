@@ -76,7 +76,12 @@ def why_not() -> str:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Makes the namespaces and removes them, with all that runs in them."""
+    """Makes the namespaces and removes them, with all that runs in them; and those of test runs that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for name in [line.split()[0] for line in listed.splitlines() if line.startswith("ppomax-")]:
+        pid = name.split("-")[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            _remove(name)
     number = next(NUMBERS)
     names = (f"ppomax-{os.getpid()}-{number}-a", f"ppomax-{os.getpid()}-{number}-b")
     hosts = Hosts(names, ("10.213.77.1", "10.213.77.2"))
@@ -96,10 +101,14 @@ def two_hosts() -> Iterator[Hosts]:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         for name in names:
-            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            _remove(name)
+
+
+def _remove(name: str) -> None:
+    for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 def run(*command: str) -> None:
