@@ -112,7 +112,7 @@ def test_a_run_that_loses_a_host_goes_on_exactly(
     print(f"after the cut both ranks said so in {said:.1f} s, both hosts had ended in {time.monotonic() - cut:.1f} s")
     assert all(process.returncode != 0 for process in processes)
     for rank, text in enumerate(printed):
-        assert f"[rank {rank}] ppomax: PeerFailedError: lost another rank" in text
+        assert f"[rank {rank}] ppomax: PeerFailedError: " in text
         assert "Traceback" not in "".join(line for line in text.splitlines() if line.startswith("[rank"))
     assert len(records(output)) < STEPS
 
