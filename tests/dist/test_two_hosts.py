@@ -1,4 +1,4 @@
-"""A run over two hosts: it trains as on one, a host that is cut off ends it with a clear error, and it goes on exactly."""
+"""A run over two hosts: one that is cut off ends it with a clear error on both, and it goes on exactly."""
 
 import importlib.util
 import json
