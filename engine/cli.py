@@ -45,6 +45,8 @@ TOOLS = {
     "generate": "responses of a model to a file of prompts, one JSON row each; also under torchrun",
     "chat": "talk to a model in this terminal",
     "compare": "win / tie / lose of two models by a reward model, a chat endpoint or people (`ppomax compare --help`)",
+    "evaluate-reward": "accuracy, calibration, length bias of a reward model on preference pairs; also under torchrun",
+    "multiple-choice": "accuracy on multiple-choice questions by log-likelihood (alignment tax); also under torchrun",
     "plan": "memory per GPU and predicted time of a stage, before launch: does it fit, what to change; no GPU needed",
     "doctor": "is this environment ready? versions, GPUs, network, folders; under torchrun all ranks and links",
     "convert": "Hugging Face to Megatron and back, inspect, verify, reshard, weight diffs (`ppomax convert --help`)",
@@ -144,6 +146,14 @@ def _dispatch(argv: list[str]) -> int:
         from ppomax.tools.compare import main as compare
 
         compare(rest)
+    elif command == "evaluate-reward":
+        from ppomax.tools.evaluate_reward import main as evaluate_reward
+
+        evaluate_reward(rest)
+    elif command == "multiple-choice":
+        from ppomax.tools.multiple_choice import main as multiple_choice
+
+        multiple_choice(rest)
     elif command == "plan":
         from ppomax.tools.plan import main as plan
 

@@ -227,6 +227,8 @@ class DataSource(Section):
     """File (.jsonl, .json, .jsonl.gz, .json.gz), or `datasets:NAME[:SPLIT]`."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the rows drawn from this source, relative to the others."""
+    category: str = ""
+    """Category of its rows, by which evaluations are split: helpful, harmless, ... A row's own "category" wins."""
     format: Literal["auto", "hh", "dialogues", "pairs", "prompts", "sft", "steps"] = "auto"
     """hh: {"chosen": "\\n\\nHuman: ...", "rejected": ...}; dialogues: JSON list of lists of turns (released prompts and
     SFT data); pairs: JSON list of {"chosen": [turns], "rejected": [turns]} (released preference data);

@@ -1,9 +1,15 @@
-"""Evaluation of a policy on held-out prompts with a reward model: metrics, every sample, and the rewards behind a
-histogram.
+"""Evaluation of a policy on held-out prompts with a reward model: metrics, every sample, and how sure the mean reward
+is, over all prompts and per category.
 """
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
+from ppomax.engine.judge.intervals import LEVEL, bootstrap_mean
 from ppomax.engine.models.roles import load_reward_models, load_role
 from ppomax.engine.ppo.evaluation import evaluate_policy
 from ppomax.engine.rewards.mixture import make_mix
@@ -39,6 +45,35 @@ def run(config: RunConfig) -> None:
             rewards=rewards,
         )
         session.log.evaluation(0, result.metrics)
-        session.log.write_json("evaluation.json", result.metrics)
+        intervals = reward_intervals(result.samples, seed=config.train.seed)
+        session.log.write_json("evaluation.json", result.metrics | intervals)
+        for name, found in {"all": intervals, **intervals["categories"]}.items():
+            if found["reward_interval"] is not None:
+                low, high = found["reward_interval"]
+                session.log.say(
+                    f"reward of {found['num_prompts']} prompts ({name}): {LEVEL:.0%} in [{low:.4g}, {high:.4g}]"
+                )
         session.log.write_lines("samples.jsonl", result.samples)
         session.log.say(f"wrote evaluation.json and samples.jsonl into {config.train.output}")
+
+
+def reward_intervals(samples: Sequence[dict[str, Any]], *, seed: int) -> dict[str, Any]:
+    """num_prompts, and reward_interval: a seeded percentile bootstrap of the mean reward over prompts (null for one
+    prompt); the same per category with its mean.
+    """
+    rewards = torch.tensor([sample["reward"] for sample in samples], dtype=torch.float64)
+    categories = [sample.get("category", "") for sample in samples]
+    found: dict[str, Any] = {
+        "num_prompts": len(samples),
+        "level": LEVEL,
+        "reward_interval": bootstrap_mean(rewards, seed=seed),
+        "categories": {},
+    }
+    for name in dict.fromkeys(category for category in categories if category):
+        members = rewards[torch.tensor([category == name for category in categories])]
+        found["categories"][name] = {
+            "num_prompts": len(members),
+            "reward": float(members.mean()),
+            "reward_interval": bootstrap_mean(members, seed=seed),
+        }
+    return found

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template
 from ppomax.engine.data.datasets import BadRow, PromptRow, fit_prompt
-from ppomax.engine.data.readers import Format, Record, Turns, find_format, parse, read
+from ppomax.engine.data.readers import Format, Record, Turns, find_format, parse, read, read_category
 from ppomax.engine.errors import ConfigError, DataError
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.parallel.collectives import raise_on_all
@@ -89,7 +90,8 @@ def read_prompts(path: str, format: Format | None, config: RunConfig, template: 
                 raise DataError(record.fault)
             format = format or find_format(path, record)
             turns, _ = parse(record.value, format, with_rejected=False)
-            rows.append(_prompt(turns, record.line, template, limit, vocab_size))
+            row = _prompt(turns, record.line, template, limit, vocab_size)
+            rows.append(replace(row, category=read_category(record.value)))
         except DataError as error:
             rows.append(BadRow(path, record.line, str(error)))
     if not rows:
@@ -218,7 +220,10 @@ def respond(model: Model, prompts: Sequence[PromptRow | BadRow], seeds: torch.Te
             rows.append({"line": row.line, "error": row.fault})
         else:
             prompt = [{"role": "user" if t.role == "human" else "assistant", "content": t.text} for t in row.turns]
-            rows += [{"line": row.line, "sample": s, "prompt": prompt, **r} for s, r in enumerate(responses[number])]
+            more = {"category": row.category} if row.category else {}
+            rows += [
+                {"line": row.line, "sample": s, "prompt": prompt, **r, **more} for s, r in enumerate(responses[number])
+            ]
     return rows
 
 

@@ -16,7 +16,17 @@ from typing import Generic, TypeVar
 from ppomax.engine.config import DataConfig, DataSource
 from ppomax.engine.data.chat import Template, check_turns
 from ppomax.engine.data.order import Order
-from ppomax.engine.data.readers import Format, Record, Turns, find_format, parse, parse_answer, parse_steps, read
+from ppomax.engine.data.readers import (
+    Format,
+    Record,
+    Turns,
+    find_format,
+    parse,
+    parse_answer,
+    parse_steps,
+    read,
+    read_category,
+)
 from ppomax.engine.data.response_steps import step_ends
 from ppomax.engine.errors import ConfigError, DataError
 
@@ -26,7 +36,7 @@ NUM_FAULTS_SHOWN = 5
 @dataclass(frozen=True)
 class PromptRow:
     """tokens: prompt ids, up to where a response begins. turns: what they spell. source, line: where it was read.
-    answer: the reference answer, for rewards; "" where the row has none.
+    answer: the reference answer, for rewards; "" where the row has none. category: of the row, or of its source.
     """
 
     tokens: tuple[int, ...]
@@ -34,6 +44,7 @@ class PromptRow:
     source: int
     line: int
     answer: str = ""
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class PairRow:
     turns: Turns
     source: int
     line: int
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,8 @@ def load_prompts(
 
     def build(turns: Turns, rejected: Turns | None, source: int, record: Record) -> PromptRow:
         tokens, kept = fit_prompt(turns, template, max_prompt_tokens=max_prompt_tokens)
-        return PromptRow(tokens, kept, source, record.line, parse_answer(record.value))
+        category = read_category(record.value) or sources[source].category
+        return PromptRow(tokens, kept, source, record.line, parse_answer(record.value), category)
 
     return _load(data, sources, ("hh", "pairs", "prompts", "dialogues", "sft", "steps"), build)
 
@@ -169,7 +182,8 @@ def load_pairs(data: DataConfig, sources: Sequence[DataSource], template: Templa
         _check_same_context(turns, rejected)
         one, other = (template.encode_response(side[-1].text) for side in (turns, rejected))
         prompt, kept = fit_pair(turns[:-1], one, other, template, max_tokens=data.max_length)
-        return PairRow((*prompt, *one), (*prompt, *other), len(prompt), kept, source, record.line)
+        category = read_category(record.value) or sources[source].category
+        return PairRow((*prompt, *one), (*prompt, *other), len(prompt), kept, source, record.line, category)
 
     return _load(data, sources, ("hh", "pairs"), build, with_rejected=True)
 

@@ -109,6 +109,7 @@ def _samples(
                 "reward": float(totals[b]),
                 "finished": bool(rollout.finished[b]),
                 **rewards.of_response(b),
+                **({"category": row.category} if row.category else {}),
             }
         )
     return samples
