@@ -85,4 +85,4 @@ def test_two_hundred_steps_leave_nothing_behind(on_ranks: Any, tiny: Any, tmp_pa
         for name in ("descriptors", "threads", "shared_memory"):
             assert medians[name][1] <= medians[name][0], name
         # Of its own processor time: the machine may have other work.
-        assert medians["cpu_seconds"][1] == pytest.approx(medians["cpu_seconds"][0], rel=0.1)
+        assert medians["cpu_seconds"][1] <= 1.1 * medians["cpu_seconds"][0]
