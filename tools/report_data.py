@@ -62,12 +62,12 @@ def rollout_tree(path: Path, budget: int = ROLLOUT_BYTES) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for row in read_rollouts(path):
         shown = {
-            "index": row.get("index"),
+            "index": rounded(row.get("index")),
             "prompt": shortened(row.get("prompt")),
             "finished": bool(row.get("finished")),
             "score": rounded(row.get("score")),
             "pieces": row["pieces"],
-            "tokens": row["tokens"],
+            "tokens": [rounded(token) for token in row["tokens"]],
         } | {name: [_short(value) for value in row[name]] for name in COLUMNS}
         budget -= len(json.dumps(shown))
         if budget < 0:
@@ -78,7 +78,11 @@ def rollout_tree(path: Path, budget: int = ROLLOUT_BYTES) -> list[dict[str, Any]
 
 def shortened(text: Any) -> str:
     """A text, cut to MAX_TEXT characters; anything else as JSON."""
-    text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+    if not isinstance(text, str):
+        try:
+            text = json.dumps(text, ensure_ascii=False)
+        except RecursionError:
+            text = "(nested too deeply to be shown)"
     left = len(text) - MAX_TEXT
     return text if left <= 0 else f"{text[:MAX_TEXT]} [... {left} more characters]"
 
@@ -231,9 +235,12 @@ def _plan(plan: Any) -> dict[str, Any] | None:
     return {
         "capacity": finite(plan.get("capacity")),
         "what": str(plan.get("measured", "")),
-        "fullest": fullest.get("rank"),
+        "fullest": shortened(fullest.get("rank")),
         "phases": {str(name): _numbers(kinds) for name, kinds in phases_of.items() if isinstance(kinds, dict)},
-        "ranks": [[rank.get("rank"), rank["peak"], finite(rank.get("measured"))] for rank in known[:MAX_RANKS]],
+        "ranks": [
+            [shortened(rank.get("rank")), finite(rank["peak"]), finite(rank.get("measured"))]
+            for rank in known[:MAX_RANKS]
+        ],
         "num_ranks": len(known),
     }
 

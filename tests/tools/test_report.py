@@ -7,8 +7,11 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ppomax.engine import cli
 from ppomax.engine.config import RunConfig
@@ -330,6 +333,48 @@ def test_json_refuses_what_a_browser_cannot_read():
     with pytest.raises(ValueError, match="not JSON compliant"):
         safe_json({"x": math.nan})
     assert safe_json("</script>\u2028\u202e&") == '"\\u003c/script\\u003e\\u2028\\u202e\\u0026"'
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("reward", "reward_histogram", "seconds", "evidence", "samples", "message", "severity", "x_p10", "x_seconds")
+RECORDS = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["ppo", "event", "evaluation"]), "step": st.integers(0, 9) | st.floats(0, 9)},
+    optional=dict.fromkeys(FIELDS, ANYTHING),
+)
+HISTOGRAMS = st.fixed_dictionaries(
+    {"edges": st.lists(st.floats(), max_size=4), "counts": st.lists(st.floats(), max_size=3)}
+)
+RANKS = st.lists(st.dictionaries(st.sampled_from(["rank", "peak", "measured", "phases"]), ANYTHING), max_size=3)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(RECORDS, max_size=6), HISTOGRAMS, ANYTHING, RANKS | ANYTHING)
+def test_whatever_a_folder_holds_becomes_json(tmp_path, records, histogram, anything, ranks):
+    run = FakeFolder(tmp_path)
+    records.append({"kind": "ppo", "step": 3, "reward_histogram": histogram})
+    run.write("metrics.jsonl", *records)
+    run.write("timing.jsonl", *records[:2])
+    run.write("plan.json", {"ranks": ranks, "capacity": anything})
+    run.write("versions.json", anything)
+    run.write("samples_000001.jsonl", {"prompt": anything, "response": "r", "reward": anything, "finished": anything})
+    row: dict[str, Any] = {"pieces": ["a"], "index": anything, "score": anything, "prompt": anything}
+    for name in ("tokens", "logprobs", "ref_logprobs", "kl", "advantages", "values", "token_rewards"):
+        row[name] = [anything]
+    run.write("rollouts/step_000001.jsonl", row)
+    json.loads(safe_json(report_data([read(tmp_path)], with_rollouts=True)))
+
+
+class FakeFolder:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "rollouts").mkdir(exist_ok=True)
+
+    def write(self, name: str, *rows: Any) -> None:
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_an_output_that_cannot_be_written_is_a_clear_error(fake_run, capsys):
