@@ -24,7 +24,7 @@ TIMEOUT = 12
 """parallel.timeout_seconds: a collective fails after it."""
 SLACK = 60.0
 """For node.sh, which ends a torchrun whose rank is gone after 5 s here, and the load of the machine."""
-STEPS, CUT_AFTER = 4, 2
+STEPS, CUT_AFTER = 5, 2
 
 
 def _by_path(name: str) -> ModuleType:
@@ -103,7 +103,10 @@ def test_a_run_that_loses_a_host_goes_on_exactly(
     arguments = arguments_of(config)
 
     processes, logs = start_both(hosts, tmp_path, arguments, "first", RANKS_GONE_SECONDS="5")
-    assert namespaces.wait_for(lambda: len(records(output)) >= CUT_AFTER, 240), logs[0].read_text()
+    published = output / "checkpoints"
+    assert namespaces.wait_for(
+        lambda: len(records(output)) >= CUT_AFTER and any(published.glob("step_*/state.json")), 240
+    ), logs[0].read_text()
     hosts.cut()
     cut = time.monotonic()
     assert namespaces.wait_for(lambda: all("PeerFailedError" in log.read_text() for log in logs), TIMEOUT + SLACK)
