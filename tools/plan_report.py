@@ -54,7 +54,8 @@ def tables() -> str:
         f"Written by `python -m ppomax.tools.plan_report` from `{CONFIG}` (128 responses an iteration, prompts of 512 "
         "tokens, responses of 512, at most 2048 tokens, micro-batches of 16384 tokens, bf16): predictions by "
         "[planning.md](../planning.md), not measurements. GiB are those of the fullest rank in its fullest phase. "
-        "Offloading is tried where nothing fits without.",
+        "Offloading is tried where nothing fits without. Where policy and reference have GPUs of their own, beside "
+        "critic and reward model, their number is given.",
     ]
     for model in MODELS:
         parts.append(f"## {model}\n{_clusters(model)}")
@@ -81,6 +82,8 @@ def _layout_text(plan: Plan) -> str:
     for role in plan.roles:
         layout = role.layout
         text = f"{layout.tp} x {layout.pp}" + (f", vpp {layout.vpp}" if layout.vpp > 1 else "")
+        if layout.num_ranks < plan.world_size:
+            text += f", {layout.num_ranks} GPUs"
         names.setdefault(text, []).append(role.name)
     texts = [f"{' + '.join(roles)} {text}" if len(names) > 1 else f"all {text}" for text, roles in names.items()]
     offload = "" if plan.roles[0].offload == "none" else f"; offload {plan.roles[0].offload}"

@@ -114,8 +114,16 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of one iteration; loading, checkpoints and export come besides."""
-        return sum(cost.seconds for (_, phase), cost in self.costs.items() if phase in ITERATION)
+        """Of one iteration; loading, checkpoints and export come besides.
+
+        Roles on the same rank take turns, those on other ranks work meanwhile: a phase takes as long as the rank with
+        the most to do.
+        """
+        return sum(max(self._work(rank, phase) for rank in self.ranks) for phase in ITERATION)
+
+    def _work(self, rank: RankPlan, phase: str) -> float:
+        costs = (self.costs.get((memory.role.name, phase), Cost()) for memory in rank.roles)
+        return sum(cost.seconds for cost in costs)
 
     @property
     def tokens_per_second(self) -> float:

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,44 @@ def test_the_search_finds_layouts_that_fit_and_beat_the_one_given() -> None:
         assert one.plan.faults == []
         assert all(role.layout.tp <= H100.per_node for role in one.plan.roles)
         config = load_config(CONFIG, one.overrides(), command="ppo", for_planning=True)
+        assert replan(config, 16).seconds == one.plan.seconds
+
+
+SPLIT = tuple(f"parallel.{role}.num_ranks=8" for role in ("policy", "reference")) + tuple(
+    f"parallel.{role}.first_rank=8" for role in ("critic", "reward")
+)
+
+
+@pytest.mark.parametrize(("placed", "of_roles"), [((), sum), (SPLIT, max)], ids=["turns", "at_once"])
+def test_roles_on_ranks_of_their_own_work_at_the_same_time(
+    placed: tuple[str, ...], of_roles: Callable[[Iterable[float]], float]
+) -> None:
+    plan = planned("parallel.pp=1", "parallel.tp=4", *placed, gpus=16)
+    seconds = {cost: value.seconds for cost, value in plan.costs.items()}
+    pairs = (("policy", "reference"), ("critic", "reward"))
+    scoring = [sum(seconds.get((role, "scoring"), 0) for role in pair) for pair in pairs]
+    update = [seconds[pair[0], "update"] for pair in pairs]
+    assert min(scoring + update) > 0
+    assert plan.seconds == pytest.approx(seconds["policy", "rollout"] + of_roles(scoring) + of_roles(update))
+
+
+def test_the_search_splits_the_roles_of_a_large_cluster_where_that_is_faster() -> None:
+    def replan(config: RunConfig, world_size: int) -> Plan:
+        return make_plan(config, "ppo", world_size, gpu=H100)
+
+    plan = planned("parallel.tp=4", gpus=64)
+    found = search(plan, H100, replan)[0]
+    policy, critic = (
+        next(role.layout for role in found.plan.roles if role.name == name) for name in ("policy", "critic")
+    )
+    assert policy.ranks.stop == critic.ranks.start
+    assert critic.ranks.stop == 64
+    assert found.plan.faults == []
+    config = load_config(CONFIG, found.overrides(), command="ppo", for_planning=True)
+    assert replan(config, 64).seconds == found.plan.seconds
+    # From a split plan: what it places is taken back where a found layout does not.
+    for one in search(planned(*SPLIT, gpus=16), H100, replan):
+        config = load_config(CONFIG, [*SPLIT, *one.overrides()], command="ppo", for_planning=True)
         assert replan(config, 16).seconds == one.plan.seconds
 
 
