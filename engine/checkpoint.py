@@ -23,6 +23,8 @@ from ppomax.engine.models.roles import Role
 from ppomax.engine.models.save_plan import SavePlanOfRole, plan_save
 from ppomax.engine.parallel.collectives import raise_on_all
 
+ADAM_SETTINGS = ("betas", "eps", "weight_decay")
+"""What the configuration decides, not the checkpoint. The learning rate is set in every step."""
 SHARDING = "fully_reshardable"
 """Megatron's default sharding of the optimizer cannot be saved in 0.16; this one loads under any layout."""
 
@@ -40,9 +42,9 @@ def plan_role(role: Role, folder: Path, *, check: bool) -> SavePlanOfRole:
     return plan_save(state if role.is_here else common, folder, content_metadata, check=check)
 
 
-def load_checkpoint(checkpoint: VerifiedCheckpoint, roles: Mapping[str, Role]) -> dict[str, Any]:
-    """Fills the roles' weights and optimizers from a checkpoint of any layout; returns the content of its state.json.
-    Collective over all ranks.
+def load_checkpoint(checkpoint: VerifiedCheckpoint, roles: Mapping[str, Role]) -> tuple[dict[str, Any], list[str]]:
+    """Fills the roles' weights and optimizers from a checkpoint of any layout; returns the content of its state.json,
+    and a text for each of Adam's settings that the configuration has changed since. Collective over all ranks.
     """
     path = checkpoint.path
     with raise_on_all(CheckpointError, f"cannot load the checkpoint {path}"):
@@ -61,13 +63,14 @@ def load_checkpoint(checkpoint: VerifiedCheckpoint, roles: Mapping[str, Role]) -
         for name, role in roles.items():
             _check_shape(path / name, content["roles"][name], asdict(role.shape))
             read_metadata_pickle(path / name / ".metadata")
+    changes = []
     for name, role in roles.items():
         with role.memory.resident("weights", "optimizer"):
-            _load_role(path / name, role)
-    return content
+            changes += _load_role(path / name, role)
+    return content, changes
 
 
-def _load_role(path: Path, role: Role) -> None:
+def _load_role(path: Path, role: Role) -> list[str]:
     with raise_on_all(CheckpointError, f"cannot load the checkpoint {path}"):
         # Damage shows as errors of a dozen types; torch's own is not an Exception.
         try:
@@ -77,12 +80,23 @@ def _load_role(path: Path, role: Role) -> None:
                 f"checkpoint {path} cannot be loaded ({_cause(error)}); take another step_N folder"
             ) from error
     if not role.is_here:
-        return
+        return []
     for number, chunk in enumerate(role.chunks):
         chunk.load_state_dict(loaded["model"][str(number)])
     assert role.optimizer is not None
+    configured = [{key: group[key] for key in ADAM_SETTINGS} for group in role.optimizer.param_groups]
     with torch.no_grad():
         role.optimizer.load_state_dict(loaded["optimizer"])
+    changes: dict[str, str] = {}
+    for group, settings in zip(role.optimizer.param_groups, configured, strict=True):
+        for key, value in settings.items():
+            before, now = _plain(group[key]), _plain(value)
+            if before != now:
+                changes[key] = (
+                    f"{role.name}: Adam's {key} is {now} from now on; the checkpoint was trained with {before}"
+                )
+        group.update(settings)
+    return list(changes.values())
 
 
 def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
@@ -103,6 +117,10 @@ def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
     assert role.optimizer is not None
     optimizer = role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_shape(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

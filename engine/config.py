@@ -578,6 +578,11 @@ class CheckpointConfig(Section):
     """Save after every this many steps; 0: only the final Hugging Face folder."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    keep_every: Count = 0
+    """Checkpoints of steps that this divides are kept for ever; 0: none."""
+    keep_best: Count = 0
+    """Checkpoints kept besides for their held-out evaluation, made at their step (monitor.eval_every): lowest loss in
+    `sft`, highest accuracy in `reward`, highest reward in `ppo`."""
     asynchronous: bool = True
     """Write in a process beside each rank: training waits for a copy in host memory (as large as the rank's share of
     the checkpoint), not for the disk."""

@@ -17,6 +17,7 @@ from typing import Any
 from ppomax.engine.config import RunConfig
 from ppomax.engine.config_file import write_config
 from ppomax.engine.errors import ConfigError
+from ppomax.engine.run_records import drop_later, is_same_run, lock_folder
 
 PACKAGES = ("ppomax", "torch", "megatron-core", "transformers", "triton", "flash-attn", "numpy")
 CONSOLE = {
@@ -31,7 +32,14 @@ NEW_FOLDER = "give another folder, or remove this one"
 class RunLog:
     """Writes a run's records; only the first rank writes, the others keep quiet."""
 
-    def __init__(self, config: RunConfig, command: str, *, is_writer: bool, resumed: bool) -> None:
+    def __init__(
+        self, config: RunConfig, command: str, *, is_writer: bool, resumed: bool, resumed_step: int | None = None
+    ) -> None:
+        """resumed_step: the step of the checkpoint that the run goes on from: later records are moved aside before the
+        first new one.
+        """
+        self.evaluated: dict[int, dict[str, float]] = {}
+        self._resumed_step, self._trimmed = resumed_step, set[str]()
         self.folder = Path(config.train.output)
         self.command, self.every, self.is_writer = command, config.train.log_every, is_writer
         self.started = self.last = time.perf_counter()
@@ -40,11 +48,18 @@ class RunLog:
         records = self.folder / "metrics.jsonl"
         # A run that ended before its first record (a bad row, say) left nothing that could be lost.
         if not resumed and records.exists() and records.stat().st_size > 0:
-            if config.train.resume == "auto":
-                raise ConfigError(f"train.output {self.folder} holds a run without a checkpoint; {NEW_FOLDER}")
+            is_finished = (self.folder / "hf").exists()
+            if config.train.resume == "auto" and (is_finished or not is_same_run(config, self.folder)):
+                why = "is finished" if is_finished else "had another configuration"
+                raise ConfigError(
+                    f"train.output {self.folder} holds a run without a checkpoint, which {why}; {NEW_FOLDER}"
+                )
+            self._resumed_step = -1  # killed before its first checkpoint: it starts again
+        if not resumed and config.train.resume != "auto" and records.exists() and records.stat().st_size > 0:
             raise ConfigError(f"train.output {self.folder} already holds a run; {NEW_FOLDER}, or set train.resume=auto")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.folder)
             write_config(config, self.folder / "config.toml")
             (self.folder / "versions.json").write_text(json.dumps(versions(), indent=1))
             (self.folder / "metrics.jsonl").touch()
@@ -70,6 +85,7 @@ class RunLog:
         if not self.is_writer:
             return
         self._append({"kind": "evaluation", "step": step, **values})
+        self.evaluated = {step: dict(values)}
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int))
         self.say(f"{self.command} {step} held out: {shown}")
 
@@ -100,6 +116,9 @@ class RunLog:
             print(text, flush=True)
 
     def _append(self, record: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
+        if self._resumed_step is not None and name not in self._trimmed:
+            drop_later(self.folder / name, self._resumed_step)
+            self._trimmed.add(name)
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
 

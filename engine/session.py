@@ -47,6 +47,14 @@ from ppomax.engine.steps import StepCounter, require_finite_weights
 from ppomax.engine.trace import Trace
 
 TRAINING_STAGES = ("sft", "reward", "critic", "ppo")
+BEST = {
+    "sft": ("loss", True),
+    "reward": ("accuracy", False),
+    "critic": ("", False),
+    "ppo": ("reward", False),
+    "evaluate": ("", False),
+}
+"""By which metric of held-out evaluations checkpoint.keep_best chooses, and whether lower is better."""
 SAMPLING_STAGES = ("critic", "ppo", "evaluate")
 
 
@@ -95,13 +103,21 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         found = find_checkpoint(config.train.resume, checkpoint_folder(config))
         resume = found.checkpoint
         with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
-            log = RunLog(config, command, is_writer=dist.get_rank() == 0, resumed=resume is not None)
+            log = RunLog(
+                config,
+                command,
+                is_writer=dist.get_rank() == 0,
+                resumed=resume is not None,
+                resumed_step=resume.step if resume else None,
+            )
         for line in (*found.notes, *summary_lines(plan)):
             log.say(line)
         saver = Saver(
             checkpoint_folder(config),
             ProcessWriter() if config.checkpoint.asynchronous else InlineWriter(),
-            Retention(config.checkpoint.keep),
+            Retention(
+                config.checkpoint.keep, config.checkpoint.keep_every, config.checkpoint.keep_best, *BEST[command]
+            ),
             resumed=resume,
             timeout_seconds=config.parallel.timeout_seconds,
         )
@@ -174,7 +190,10 @@ def is_due(every: int, step: int) -> bool:
 def restore(session: Session, roles: Mapping[str, Role]) -> dict[str, Any]:
     """Fills the trained roles from the checkpoint to go on from; returns its state. Collective over all ranks."""
     assert session.resume is not None
-    return load_checkpoint(session.resume, roles)["state"]
+    content, changes = load_checkpoint(session.resume, roles)
+    for change in changes:
+        session.log.say(change)
+    return content["state"]
 
 
 def end_step(
@@ -191,7 +210,7 @@ def end_step(
     saver.poll()
     if asked or is_due(session.config.checkpoint.every, step):
         require_finite_weights(roles.values(), counter)
-        saver.save(step, roles, {"state": dict(state)})
+        saver.save(step, roles, {"state": dict(state), "evaluation": session.log.evaluated.get(step)})
     if asked or not session.config.checkpoint.asynchronous:
         saver.finish()
     counter.last_good = str(saver.published or counter.last_good)

@@ -69,6 +69,23 @@ def load_policy_from(folder: str, config: dict[str, Any], vocab_size: int) -> No
     load_checkpoint(verify_checkpoint(folder), {"policy": policy})
 
 
+def adam_after_load(folder: str, config: dict[str, Any], vocab_size: int) -> tuple[list[str], list[Any]]:
+    """What loading says of Adam's settings, and those of each parameter group afterwards."""
+    from ppomax.engine.checkpoint import load_checkpoint
+    from ppomax.engine.checkpoint_verify import verify_checkpoint
+    from ppomax.engine.config import RunConfig
+    from ppomax.engine.models.roles import load_policy, role_groups
+    from ppomax.engine.parallel.device import start
+
+    start(30)
+    run_config = RunConfig.model_validate(config)
+    policy = load_policy(run_config, role_groups(run_config)["policy"], vocab_size, trained=True)
+    _, changes = load_checkpoint(verify_checkpoint(folder), {"policy": policy})
+    assert policy.optimizer is not None
+    groups = policy.optimizer.param_groups
+    return changes, [(tuple(group["betas"]), group["eps"], group["weight_decay"], group["step"]) for group in groups]
+
+
 def last_record(output: Path) -> dict[str, float]:
     record = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     return {name: value for name, value in record.items() if name != "seconds"}
@@ -154,7 +171,7 @@ def test_other_stages_resume_bitwise_from_their_newest_checkpoint(
     straight = last_record(output), weights(output)
     overrides["checkpoint"], overrides["train"] = {}, {"steps": 3, "resume": "auto"}
     on_ranks(1, run_stage, stage, tiny.config(stage, output, **overrides))
-    assert len((output / "metrics.jsonl").read_text().splitlines()) == 4
+    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert last_record(output) == straight[0]
     assert all(torch.equal(weight, straight[1][name]) for name, weight in weights(output).items())
 
@@ -310,6 +327,21 @@ def test_every_rank_names_the_damaged_files_and_older_checkpoints(on_ranks: OnRa
     assert f"{path}: expected {size} bytes, found no such file" in errors[0]
     assert f"{state}: expected SHA-256 " in errors[0]
     assert errors[0].endswith("older ones are step_00000001")
+
+
+def test_the_configurations_adam_settings_count_and_changes_are_told(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path
+) -> None:
+    same = tiny.config("sft", tmp_path / "run")
+    ((changes, groups),) = on_ranks(1, adam_after_load, str(copied), same, 277)
+    assert changes == []
+    assert {group[:3] for group in groups} == {((0.9, 0.95), 1e-6, 0.0)}
+    other = tiny.config("sft", tmp_path / "run", optim={"betas": [0.8, 0.99], "eps": 1e-7, "weight_decay": 0.1})
+    ((changes, changed),) = on_ranks(1, adam_after_load, str(copied), other, 277)
+    assert {group[:3] for group in changed} == {((0.8, 0.99), 1e-7, 0.1)}
+    assert [group[3] for group in changed] == [group[3] for group in groups]
+    assert "policy: Adam's betas is [0.8, 0.99] from now on; the checkpoint was trained with [0.9, 0.95]" in changes
+    assert len(changes) == 3
 
 
 def test_a_checkpoint_of_another_shape_is_refused(on_ranks: OnRanks, tiny: Any, tmp_path: Path, copied: Path) -> None:
