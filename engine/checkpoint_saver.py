@@ -24,7 +24,9 @@ from ppomax.engine.checkpoint_folders import (
     Retention,
     list_checkpoints,
     partial_of,
+    point_to,
     remove_leftovers,
+    set_aside,
     step_folder,
     step_of,
 )
@@ -89,6 +91,7 @@ class Saver:
         start = resumed.step if resumed else -1
         # The run leaves them: they are damaged, or another one was named. Its first own checkpoint sets them aside.
         self._superseded = tuple(path for path in list_checkpoints(folder) if step_of(path) > start)
+        self._kept: tuple[Path, ...] = ()
         self._checked: set[str] = set()
         self._under_way: _Save | None = None
 
@@ -138,6 +141,22 @@ class Saver:
         while self._under_way is not None:
             self._advance(self._under_way, timeout=self._timeout)
 
+    def protect(self, step: int | None) -> None:
+        """Keeps the run's own checkpoint of a step, and no longer that of an earlier call."""
+        self._kept = () if step is None else (step_folder(self.folder, step),)
+
+    def go_back(self, checkpoint: VerifiedCheckpoint) -> None:
+        """The run goes on from this checkpoint of its own: later ones are set aside. No save may be under way.
+        Collective over all ranks; raises CheckpointError.
+        """
+        with raise_on_all(CheckpointError, f"cannot set aside what is later than {checkpoint}"):
+            if dist.get_rank() == 0:
+                for path in list_checkpoints(self.folder):
+                    if step_of(path) > checkpoint.step:
+                        set_aside(path)
+                point_to(checkpoint.path)
+        self.published = checkpoint.path
+
     def close(self) -> None:
         """Ends the writer. No collective: a save that is still under way is dropped."""
         self._writer.close()
@@ -178,7 +197,14 @@ class Saver:
                 (save.partial / STATE_FILE).write_text(json.dumps(save.content, indent=1))
                 known = {path: record for _, records in of_ranks for path, record in records.items()}
                 self._writer.publish(
-                    Publication(save.partial, save.final, known, self._retention, self._superseded, self._protected)
+                    Publication(
+                        save.partial,
+                        save.final,
+                        known,
+                        self._retention,
+                        self._superseded,
+                        (*self._protected, *self._kept),
+                    )
                 )
 
     def _fail(self, save: _Save, fault: Exception | None) -> None:

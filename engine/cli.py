@@ -53,6 +53,7 @@ TOOLS = {
     "quickstart": "all five stages on a small embedded data set",
     "recipe": "all five stages on your data: a folder of configurations in, results and plots out",
     "report": "what runs did, as one HTML file: curves, events, samples, rollouts token by token, configuration",
+    "monitor": "which alarms of the stability monitor a run of ppo would set off, with its limits or others",
     "watch": "the report of a run while it grows, in a browser on this machine (127.0.0.1)",
     "prepare-data": "split a preference file, train a tokenizer on it",
     "help": "this text, or `help SECTION`, `help SECTION.FIELD`, `help exit-codes`",
@@ -178,6 +179,10 @@ def _dispatch(argv: list[str]) -> int:
         from ppomax.tools.report import main as report
 
         report(rest)
+    elif command == "monitor":
+        from ppomax.tools.monitor import main as monitor
+
+        monitor(rest)
     elif command == "watch":
         from ppomax.tools.watch import main as watch
 

@@ -58,7 +58,10 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
         for role in models_needed(config, command)
     }
     services = [source for source in config.ppo.rewards if source.kind == "http"]
+    goes_back = "rollback" in (config.monitor.action, *config.monitor.actions.model_dump().values())
     checks |= {
+        "monitor.action or one of monitor.actions is rollback, but checkpoint.every is 0: there is nothing to go back "
+        "to; set checkpoint.every": command == "ppo" and goes_back and config.checkpoint.every == 0,
         "model.tokenizer is empty and no model folder is given; set model.tokenizer to a tokenizer's folder or file": (
             not (model.tokenizer or model.policy or model.reward or model.critic)
         ),

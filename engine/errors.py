@@ -39,7 +39,7 @@ class CheckpointError(PpomaxError):
 
 
 class DivergedError(PpomaxError):
-    """Training produced non-finite numbers: names step, number and last good checkpoint."""
+    """Training gave non-finite numbers, or the monitor stopped it: names step, numbers, checkpoint to go back to."""
 
     exit_code = 6
 

@@ -17,6 +17,8 @@ from typing import Any
 from ppomax.engine.config import RunConfig
 from ppomax.engine.config_file import write_config
 from ppomax.engine.errors import ConfigError
+from ppomax.engine.monitor.live import LiveView
+from ppomax.engine.monitor.sinks import Sink, open_sinks
 from ppomax.engine.run_records import drop_later, is_same_run, lock_folder
 
 PACKAGES = ("ppomax", "torch", "megatron-core", "transformers", "triton", "flash-attn", "numpy")
@@ -43,6 +45,8 @@ class RunLog:
         self.folder = Path(config.train.output)
         self.command, self.every, self.is_writer = command, config.train.log_every, is_writer
         self.started = self.last = time.perf_counter()
+        self._sinks: list[Sink] = []
+        self._live: LiveView | None = None
         if not is_writer:
             return
         records = self.folder / "metrics.jsonl"
@@ -65,6 +69,17 @@ class RunLog:
             (self.folder / "metrics.jsonl").touch()
         except OSError as error:
             raise ConfigError(f"train.output {self.folder} cannot be written: {error}") from error
+        self._sinks = open_sinks(config)
+        if config.monitor.live and sys.stdout.isatty():
+            self._live = LiveView(command, CONSOLE[command])
+
+    def close(self) -> None:
+        """The run has ended."""
+        if self._live is not None:
+            self._live.close()
+        self._live = None
+        for sink in self._sinks:
+            sink.close()
 
     def step(self, step: int, num_steps: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and every train.log_every steps one on the console. Steps count from 1."""
@@ -74,7 +89,11 @@ class RunLog:
         record = {"step": step, "seconds": round(now - self.last, 4), **values}
         self.last = now
         self._append({"kind": self.command, **record})
-        if step % self.every == 0 or step in (1, num_steps):
+        for sink in self._sinks:
+            sink.record(self.command, step, record)
+        if self._live is not None:
+            self._live.step(step, num_steps, values, record["seconds"])
+        elif step % self.every == 0 or step in (1, num_steps):
             shown = "  ".join(f"{name} {values[name]:.4g}" for name in CONSOLE[self.command] if name in values)
             self.say(
                 f"{self.command} {step}/{num_steps} {progress_bar(step, num_steps)}  {shown}  {record['seconds']:.2f} s"
@@ -86,6 +105,8 @@ class RunLog:
             return
         self._append({"kind": "evaluation", "step": step, **values})
         self.evaluated = {step: dict(values)}
+        for sink in self._sinks:
+            sink.record("evaluation", step, values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float | int))
         self.say(f"{self.command} {step} held out: {shown}")
 
@@ -94,12 +115,19 @@ class RunLog:
         if not self.is_writer:
             return
         self._append({"kind": "event", **event})
-        self.say(f"monitor, step {event['step']}: {event['message']} ({event['action']})")
+        text = f"monitor, step {event['step']}: {event['message']} ({event['action']})"
+        for sink in self._sinks:
+            sink.event(event)
+        if self._live is not None:
+            self._live.event(text)
+        self.say(text)
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """One line of timing.jsonl: what depends on the machine, and not only on configuration and seed."""
         if self.is_writer:
             self._append({"kind": self.command, "step": step, **values}, "timing.jsonl")
+            for sink in self._sinks:
+                sink.record("timing", step, values)
 
     def write_json(self, name: str, content: Any) -> None:
         if self.is_writer:
@@ -112,7 +140,9 @@ class RunLog:
             (self.folder / name).write_text("".join(line + "\n" for line in lines))
 
     def say(self, text: str) -> None:
-        if self.is_writer:
+        if self._live is not None:
+            self._live.say(text)
+        elif self.is_writer:
             print(text, flush=True)
 
     def _append(self, record: Mapping[str, Any], name: str = "metrics.jsonl") -> None:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppomax.engine.checkpoint import load_checkpoint
-from ppomax.engine.checkpoint_folders import Retention
+from ppomax.engine.checkpoint_folders import Retention, step_folder
 from ppomax.engine.checkpoint_saver import Saver
-from ppomax.engine.checkpoint_verify import VerifiedCheckpoint, find_checkpoint
+from ppomax.engine.checkpoint_verify import VerifiedCheckpoint, find_checkpoint, verify_checkpoint
 from ppomax.engine.checkpoint_writers import InlineWriter, ProcessWriter
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
@@ -134,6 +134,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
                 stopped = reason
         saver.finish()
         saver.close()
+        log.close()
         if vllm is not None:
             vllm.close()
         peaks = meter.peaks()
@@ -194,6 +195,17 @@ def restore(session: Session, roles: Mapping[str, Role]) -> dict[str, Any]:
     for change in changes:
         session.log.say(change)
     return content["state"]
+
+
+def go_back(session: Session, step: int, roles: Mapping[str, Role]) -> tuple[VerifiedCheckpoint, dict[str, Any]]:
+    """Fills the trained roles from the run's own checkpoint of an earlier step; returns it and its state. Later ones
+    are set aside: no resume goes on from them. Collective over all ranks; raises CheckpointError.
+    """
+    session.saver.finish()
+    checkpoint = verify_checkpoint(step_folder(checkpoint_folder(session.config), step))
+    content, _ = load_checkpoint(checkpoint, roles)
+    session.saver.go_back(checkpoint)
+    return checkpoint, content["state"]
 
 
 def end_step(

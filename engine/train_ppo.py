@@ -1,17 +1,21 @@
 """PPO-max: sample, score, update, and now and then evaluate on held-out prompts."""
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ppomax.engine.checkpoint_folders import step_folder
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
 from ppomax.engine.data.order import Order
-from ppomax.engine.errors import CheckpointError, ConfigError
+from ppomax.engine.errors import CheckpointError, ConfigError, DivergedError
 from ppomax.engine.models.roles import Role, load_critic, load_reward_models, load_role
+from ppomax.engine.monitor.actions import Constraint, judge
+from ppomax.engine.monitor.state import MonitorState
 from ppomax.engine.ppo.evaluation import evaluate_policy
 from ppomax.engine.ppo.experience import Models, make_experience, make_scorer
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
@@ -24,7 +28,18 @@ from ppomax.engine.rollout.generate import request_seeds
 from ppomax.engine.rollout.long_tail import Started, first_to_end
 from ppomax.engine.rollout.watch import Ended
 from ppomax.engine.rollout_dump import write_rollouts
-from ppomax.engine.session import Session, end_step, export, is_due, open_session, restore, sample, sample_held_out
+from ppomax.engine.session import (
+    Session,
+    checkpoint_folder,
+    end_step,
+    export,
+    go_back,
+    is_due,
+    open_session,
+    restore,
+    sample,
+    sample_held_out,
+)
 from ppomax.engine.steps import StepCounter, parameter_norms
 from ppomax.engine.throughput import Shapes, iteration_work, phase_clock
 from ppomax.engine.trace import span
@@ -37,7 +52,7 @@ class TrainState:
 
     step: finished iterations. optimizer_step: steps of the learning-rate schedule. prompt_position, ptx_position:
     prompts and dialogues drawn. carried: responses that the next iteration goes on with. skipped: steps skipped in a
-    row.
+    row. monitor, constraint: what the detectors know, and what they have tightened.
     """
 
     step: int
@@ -48,6 +63,8 @@ class TrainState:
     kl: KlController
     carried: tuple[Started, ...] = ()
     skipped: int = 0
+    monitor: MonitorState = field(default_factory=MonitorState)
+    constraint: Constraint = field(default_factory=Constraint)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +79,9 @@ class TrainState:
             )
         scaler, kl = RewardScaler(**content["scaler"]), KlController(**content["kl"])
         carried = tuple(Started.from_json(one) for one in content["carried"])
-        return TrainState(**{**content, "scaler": scaler, "kl": kl, "carried": carried})
+        monitor, constraint = MonitorState.from_json(content["monitor"]), Constraint(**content["constraint"])
+        made = {"scaler": scaler, "kl": kl, "carried": carried, "monitor": monitor, "constraint": constraint}
+        return TrainState(**{**content, **made})
 
 
 def run(config: RunConfig) -> None:
@@ -82,7 +101,7 @@ def run(config: RunConfig) -> None:
         state = TrainState(0, 0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
         trained = {"policy": models.policy, "critic": models.critic}
         if session.resume:
-            state = TrainState.from_json(restore(session, trained))
+            state = _resumed(restore(session, trained), session)
             counter.resume(state.optimizer_step, state.skipped, session.resume.path)
             _check_carried(state, config)
         order = prompts.order(train.seed)
@@ -99,12 +118,13 @@ def run(config: RunConfig) -> None:
             with span(trace, "rollout", is_here=models.policy.is_here), clock.phase("rollout"):
                 rollout, sampled, state = _sample(session, models.policy, prompts, order, state, scorer)
             models.policy.memory.release("weights")
+            kl_coef = state.constraint.kl_coef(state.kl.coef, config.monitor)
             with clock.phase("scoring"):
                 experience, scaler = make_experience(
                     rollout,
                     models,
                     state.scaler,
-                    kl_coef=state.kl.coef,
+                    kl_coef=kl_coef,
                     config=ppo,
                     tokens_per_microbatch=train.tokens_per_microbatch,
                     rewards=rewards,
@@ -114,13 +134,14 @@ def run(config: RunConfig) -> None:
             generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.step)
             models.policy.memory.hold("weights")
             with clock.phase("update"):
-                stats = update(models.policy, models.critic, experience, ptx, settings, counter, generator)
+                slower = settings.slowed(state.constraint.lr_factor)
+                stats = update(models.policy, models.critic, experience, ptx, slower, counter, generator)
             statistics = rollout_statistics(experience)
             metrics = statistics.record() | stats | sampled
             kl = state.kl.update(metrics["kl"], ppo.rollout_size, ppo)
             if stats["skipped_rollouts"]:
                 scaler, kl = state.scaler, state.kl  # nothing of it reaches them
-            metrics |= {"kl_coef": state.kl.coef, "reward_running_std": scaler.std}
+            metrics |= {"kl_coef": kl_coef, "reward_running_std": scaler.std}
             state = replace(
                 state,
                 step=state.step + 1,
@@ -135,6 +156,31 @@ def run(config: RunConfig) -> None:
             session.log.step(state.step, train.steps, metrics)
             if session.log.is_writer and is_due(config.monitor.rollouts_every, state.step):
                 write_rollouts(session.log.folder, state.step, experience, session.tokenizer, config.monitor)
+            verdict = judge(
+                state.monitor,
+                state.constraint,
+                {**metrics, "step": state.step},
+                config,
+                session.log,
+                responses=statistics.responses,
+                rollout=rollout,
+                tokenizer=session.tokenizer,
+            )
+            state = replace(state, monitor=verdict.state)
+            if verdict.action == "raise_kl":
+                state = replace(state, constraint=state.constraint.raised(config.monitor))
+            elif verdict.action == "stop":
+                raise _stopped(state, verdict.reason, session)
+            elif verdict.action == "rollback":
+                state = _roll_back(session, trained, state, counter)
+                if ptx is not None:
+                    ptx.position = state.ptx_position
+                clock.record({})  # this time is no part of the next iteration
+                continue
+            if is_due(config.checkpoint.every, state.step):
+                # The next record is the first one of the weights that it holds, and tells whether it is healthy.
+                state = replace(state, monitor=replace(state.monitor, candidate_step=state.step))
+            session.saver.protect(state.monitor.healthy_step)
             is_last = state.step == train.steps
             if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
                 with clock.phase("evaluation"):
@@ -184,6 +230,48 @@ def _sample(
     carried = result.rest if ppo.partial_rollout else ()
     counts = {"responses_carried": len(carried), "responses_dropped": len(result.rest) - len(carried)}
     return result.rollout, {**result.metrics, **counts}, replace(state, carried=carried)
+
+
+def _resumed(content: dict[str, Any], session: Session) -> TrainState:
+    """The state of the checkpoint that a run goes on from. A fixed weight of the KL penalty is the configuration's."""
+    state, config = TrainState.from_json(content), session.config
+    assert session.resume is not None
+    kl = KlController(config.ppo.kl_coef) if config.ppo.kl_controller == "fixed" else state.kl
+    is_own = session.resume.path.parent.resolve() == Path(checkpoint_folder(config)).resolve()
+    monitor = state.monitor if is_own else replace(state.monitor, healthy_step=None, candidate_step=None)
+    return replace(state, kl=kl, monitor=monitor)
+
+
+def _roll_back(session: Session, trained: Mapping[str, Role], state: TrainState, counter: StepCounter) -> TrainState:
+    """Everything as in the last healthy checkpoint, but for a tighter constraint. Collective over all ranks."""
+    assert state.monitor.healthy_step is not None
+    checkpoint, content = go_back(session, state.monitor.healthy_step, trained)
+    healthy = TrainState.from_json(content)
+    counter.resume(healthy.optimizer_step, healthy.skipped, checkpoint.path)
+    monitor = session.config.monitor
+    constraint = state.constraint.after_rollback(monitor)
+    session.log.say(
+        f"monitor: back to {checkpoint}; from here on the weight of the KL penalty is "
+        f"{constraint.kl_coef(healthy.kl.coef, monitor):.4g} and learning rates are multiplied by "
+        f"{constraint.lr_factor:.4g}"
+    )
+    watched = replace(healthy.monitor, healthy_step=healthy.step, candidate_step=None)
+    return replace(healthy, monitor=watched, constraint=constraint)
+
+
+def _stopped(state: TrainState, reason: str, session: Session) -> DivergedError:
+    """Of a run that the monitor stops."""
+    session.saver.finish()
+    step = state.monitor.healthy_step
+    rolled_back = f" after {state.constraint.num_rollbacks} rollbacks" if state.constraint.num_rollbacks else ""
+    path, hint = "none", "set checkpoint.every, raise ppo.kl_coef or lower optim.lr, and start anew"
+    if step is not None:
+        path = str(step_folder(checkpoint_folder(session.config), step))
+        hint = f"resume from it (train.resume={path}, another train.output) with a larger ppo.kl_coef or lower optim.lr"
+    return DivergedError(
+        f"the monitor stopped the run at step {state.step}{rolled_back}: {reason}. Last healthy checkpoint: {path}; "
+        f"{hint}. docs/monitor.md says what each detector looks at"
+    )
 
 
 def _check_carried(state: TrainState, config: RunConfig) -> None:

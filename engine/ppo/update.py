@@ -6,7 +6,7 @@ collective.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,11 @@ class UpdateSettings:
     optim: OptimConfig
     tokens_per_microbatch: int
     trace: Trace | None = None
+
+    def slowed(self, factor: float) -> "UpdateSettings":
+        """With both peak learning rates times a factor."""
+        rates = {"lr": self.optim.lr * factor, "critic_lr": self.optim.critic_lr * factor}
+        return replace(self, optim=self.optim.model_copy(update=rates))
 
 
 def update(
