@@ -6,13 +6,14 @@ SHELL := bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 VLLM_STAMP := .venv-vllm/.installed
+TRL_STAMP := .venv-trl/.installed
 TYPES := build/types
 
 # The first Python that the project accepts. Set PYTHON=... to choose another.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: help venv quickstart test test-all test-gpu test-vllm aot bench-kernels bench-rollout lint format types wheel-check clean
+.PHONY: help venv quickstart test test-all test-gpu test-vllm aot bench-kernels bench-rollout bench-ppo bench-peers lint format types wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +60,19 @@ bench-kernels: venv ## test, then time every kernel and its peers, on the GPU or
 
 bench-rollout: venv ## time generation: beside transformers on a CPU, against the memory's rate on a GPU; ARGS="--repeats 5"
 	$(BIN)/python -m ppomax.tools.bench_rollout $(ARGS)
+
+bench-ppo: venv ## time whole PPO iterations phase by phase, on one GPU or the CPU, beside their matrix products; ARGS="--case 1b"
+	$(BIN)/python -m ppomax.tools.bench_ppo $(ARGS)
+
+bench-peers: venv $(TRL_STAMP) ## the same work in TRL's PPO trainer, in turns with ours (in an environment of its own, .venv-trl)
+	$(BIN)/python -m ppomax.tools.bench_ppo --trl .venv-trl/bin/python $(ARGS)
+
+$(TRL_STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make bench-peers PYTHON=..." >&2; exit 2; }
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	.venv-trl/bin/python -m pip install --quiet trl==1.12.0 'transformers>=5,<6'
+	touch $@
 
 lint: venv types ## ruff and mypy
 	$(BIN)/ruff check .

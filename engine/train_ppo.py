@@ -86,6 +86,12 @@ class TrainState:
 
 def run(config: RunConfig) -> None:
     """Trains policy and critic; writes train.output/hf (the policy) and train.output/critic_hf."""
+    for _ in iterations(config):
+        pass
+
+
+def iterations(config: RunConfig) -> Iterator[int]:
+    """The run, which pauses after each iteration with the number of those that are finished."""
     with open_session(config, "ppo", tokenizer_source=config.model.policy) as session:
         ppo, train = config.ppo, config.train
         prompts = _prompts(session, config.data.train)
@@ -190,6 +196,7 @@ def run(config: RunConfig) -> None:
             each = statistics.responses
             work = iteration_work(shapes, each["tokens"], each["response_length"], ppo, trains=True)
             session.log.timing(state.step, clock.record(work))
+            yield state.step
         export(session, models.policy, "hf")
         export(session, models.critic, "critic_hf")
 

@@ -1,0 +1,76 @@
+"""The report of bench_ppo.py: README.md, results.json and a picture of where the time goes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+COLUMNS = ("seconds", "share", "tokens_per_second", "mfu", "products_seconds")
+
+
+def write_report(folder: Path, results: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+    names = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+    text = [
+        f"# PPO iterations on {environment['device']}",
+        "",
+        f"`{environment['command']}`, commit {environment['commit']}, {environment['date']}, {environment['ranks']} "
+        f"rank(s); {names}.",
+        "",
+        "![where the time goes](phases.png)",
+        "",
+    ]
+    for result in results:
+        text += _case(result)
+    (folder / "README.md").write_text("\n".join(text))
+    _picture(folder / "phases.png", results)
+    print(f"wrote {folder}/README.md, results.json and phases.png")
+
+
+def _case(result: dict[str, Any]) -> list[str]:
+    work = result["workload"]
+    shape = work["shape"]
+    text = [
+        f"## {result['case']}",
+        "",
+        f"Hidden {shape['hidden_size']}, {shape['num_layers']} layers, vocabulary {shape['vocab_size']}, "
+        f"{work['dtype']}; {work['prompts']} prompts of {work['prompt_tokens']} tokens, responses of "
+        f"{result['response_length']:.1f} in the mean (limit {work['max_new_tokens']}), "
+        f"{work['minibatches']} optimizer steps. Medians of {result['iterations']} "
+        "iterations.",
+        "",
+    ]
+    for key in ("seconds", "tokens_per_second", "seconds / products", "trl_seconds", "trl / ours", "gpu_peak_gib"):
+        if key in result:
+            text.append(f"* {key.replace('_', ' ')}: {result[key]:.3g}")
+    text += ["", f"| phase | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |", f"|{'---|' * 6}"]
+    for phase, values in result["phases"].items():
+        cells = (f"{values[name]:.3g}" if name in values else "" for name in COLUMNS)
+        text.append(f"| {phase} | {' | '.join(cells)} |")
+    return [*text, ""]
+
+
+def _picture(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """One bar per case, phases end to end; the products alone below it."""
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.9 * len(results)))
+    phases = list(dict.fromkeys(phase for result in results for phase in result["phases"]))
+    for row, result in enumerate(results):
+        for key, height, offset in (("seconds", 0.45, 0.0), ("products_seconds", 0.2, 0.35)):
+            begin = 0.0
+            for number, phase in enumerate(phases):
+                seconds = result["phases"].get(phase, {}).get(key, 0.0)
+                label = phase if row == 0 and key == "seconds" else None
+                axes.barh(row + offset, seconds, height, left=begin, color=f"C{number}", label=label)
+                begin += seconds
+    axes.set_yticks(range(len(results)), [result["case"] for result in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of an iteration (thin: the matrix products alone)")
+    axes.legend(ncols=len(phases), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
