@@ -1,16 +1,18 @@
 """Reward-model training (P p.4, p.8): Eq. 1 and 2 on dynamic batches of 4 to 128 pairs balanced by tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ppomax.engine.config import RewardConfig, RunConfig
+from ppomax.engine.config import RewardConfig, RunConfig, TrainConfig
 from ppomax.engine.data.batches import Pack, Rows
-from ppomax.engine.data.datasets import Dataset, PairRow, load_pairs
+from ppomax.engine.data.datasets import Dataset, PairRow, load_pairs, load_solutions
 from ppomax.engine.data.order import Order
 from ppomax.engine.models.heads import head_cross_entropy
 from ppomax.engine.models.hf_config import read_shape
@@ -19,15 +21,20 @@ from ppomax.engine.parallel.pipeline import run_forward_backward
 from ppomax.engine.ppo.evaluation import PairAccuracy, pair_accuracy, pair_sequences
 from ppomax.engine.session import Session, end_step, export, is_due, open_session, restore
 from ppomax.engine.steps import StepCounter, apply_gradients, zero_gradients
+from ppomax.engine.train_process import process_gradients, step_accuracy
 
 
 def run(config: RunConfig) -> None:
-    """Trains a reward model on preference pairs, from a language model or from a reward model; writes
-    train.output/hf.
+    """Trains a reward model on preference pairs, or a process model on labelled steps (reward.labels), from a language
+    model or from a scalar model; writes train.output/hf.
     """
     with open_session(config, "reward", tokenizer_source=config.model.policy) as session:
-        dataset = load_pairs(config.data, config.data.train, session.template)
-        held_out = load_pairs(config.data, config.data.eval, session.template).rows if config.data.eval else ()
+        if config.reward.labels == "steps":
+            work = Work(load_solutions, process_gradients, step_accuracy, "solutions")
+        else:
+            work = Work(load_pairs, reward_gradients, _pair_metrics, "pairs")
+        dataset = work.load(config.data, config.data.train, session.template)
+        held_out = work.load(config.data, config.data.eval, session.template).rows if config.data.eval else ()
         held_out = held_out[: config.monitor.eval_size]
         session.log.say(f"data.train: {dataset.summary()}")
         model = _load(session)
@@ -39,28 +46,47 @@ def run(config: RunConfig) -> None:
             state = restore(session, {"reward": model})
             counter.resume(state["step"], state.get("skipped", 0), session.resume.path)
         while counter.step < len(batches):
-            pairs = batches[counter.step]
-            losses = reward_gradients(model, pairs, config)
+            rows = batches[counter.step]
+            losses = work.gradients(model, rows, config)
             stats = apply_gradients([(model, config.optim.lr)], losses, config.optim, counter)
-            session.log.step(counter.step, len(batches), stats | {"pairs": float(len(pairs))})
+            session.log.step(counter.step, len(batches), stats | {work.rows: float(len(rows))})
             if held_out and is_due(config.monitor.eval_every, counter.step):
-                session.log.evaluation(counter.step, pair_accuracy(model, held_out, config.train).metrics())
+                session.log.evaluation(counter.step, work.evaluate(model, held_out, config.train))
             state = {"step": counter.step, "skipped": counter.skipped}
             end_step(session, counter.step, {"reward": model}, state, counter)
-        if held_out:
+        if held_out and config.reward.labels == "steps":
+            metrics = step_accuracy(model, held_out, config.train)
+            session.log.evaluation(counter.step, metrics)
+            session.log.write_json("reward_eval.json", metrics)
+        elif held_out:
             result = pair_accuracy(model, held_out, config.train)
             session.log.evaluation(counter.step, result.metrics())
             _write_histogram(session, result)
         export(session, model, "hf", shape=as_scalar(model.shape))
 
 
+@dataclass(frozen=True)
+class Work:
+    """What labels ask for. load: rows of files. gradients, evaluate: of a model over rows. rows: in words."""
+
+    load: Callable[..., Dataset[Any]]
+    gradients: Callable[..., dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
+    rows: str
+
+
+def _pair_metrics(model: Role, pairs: Sequence[PairRow], train: TrainConfig) -> dict[str, float]:
+    return pair_accuracy(model, pairs, train).metrics()
+
+
 def _load(session: Session) -> Role:
     """The base model with a fresh scalar head beside its vocabulary head where Eq. 2's second term needs one."""
     config, groups = session.config, session.groups["reward"]
     folder = config.model.policy
-    if folder and (read_shape(folder).scalar or config.reward.lm_coef == 0):
+    is_process = config.reward.labels == "steps"
+    if folder and (read_shape(folder).scalar or config.reward.lm_coef == 0 or is_process):
         fresh = not read_shape(folder).scalar
-        if not fresh and config.reward.lm_coef > 0:
+        if not fresh and not is_process and config.reward.lm_coef > 0:
             session.log.say(f"{folder} has no vocabulary head: reward.lm_coef {config.reward.lm_coef} has no effect")
         return load_role(
             "reward", folder, config, groups, scalar=True, fresh_head=fresh, trained=True, eps=config.optim.eps
@@ -69,24 +95,25 @@ def _load(session: Session) -> Role:
     return load_policy(config, groups, vocab_size, trained=True, extra_scalar_head=True, name="reward")
 
 
-def plan_batches(dataset: Dataset[PairRow], order: Order, config: RewardConfig, num_steps: int) -> list[list[PairRow]]:
-    """The pairs of every optimizer step: each takes pairs until their tokens reach reward.tokens_per_batch (P p.8).
+def plan_batches(dataset: Dataset[Any], order: Order, config: RewardConfig, num_steps: int) -> list[list[Any]]:
+    """The pairs (or solutions) of every optimizer step: each takes some until their tokens reach
+    reward.tokens_per_batch (P p.8).
 
     num_steps: 0 takes reward.epochs passes over the data.
     """
     num_pairs = len(dataset.rows)
     wanted = math.inf if num_steps else max(1, round(config.epochs * num_pairs))
-    batches: list[list[PairRow]] = []
+    batches: list[list[Any]] = []
     position = 0
     while len(batches) < num_steps if num_steps else position < wanted:
-        pairs: list[PairRow] = []
+        pairs: list[Any] = []
         tokens = 0
         while len(pairs) < config.max_pairs and (len(pairs) < config.min_pairs or tokens < config.tokens_per_batch):
             if position >= wanted:
                 break
             (pair,) = dataset.take(order, position, 1)
             pairs.append(pair)
-            tokens += len(pair.chosen) + len(pair.rejected)
+            tokens += pair.num_tokens
             position += 1
         batches.append(pairs)
     return batches

@@ -59,6 +59,10 @@ class PairRow:
     line: int
     category: str = ""
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
 
 @dataclass(frozen=True)
 class DialogueRow:
@@ -84,6 +88,10 @@ class SolutionRow:
     turns: Turns
     source: int
     line: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
 
 Row = TypeVar("Row", PromptRow, PairRow, DialogueRow, SolutionRow)

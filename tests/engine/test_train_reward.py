@@ -5,11 +5,13 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ppomax.engine.config import ArchitectureConfig, RewardConfig, RunConfig
-from ppomax.engine.data.datasets import Dataset, PairRow
-from ppomax.engine.models.roles import make_role, random_reader, role_groups
+from ppomax.engine.data.datasets import Dataset, PairRow, SolutionRow
+from ppomax.engine.models.roles import load_role, make_role, random_reader, role_groups
 from ppomax.engine.models.shape import shape_from_init
 from ppomax.engine.parallel.device import start, stop
 from ppomax.engine.ppo.evaluation import pair_accuracy
+from ppomax.engine.ppo.scoring import step_values
+from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.train_reward import plan_batches, reward_gradients
 
 
@@ -113,3 +115,50 @@ def chosen_nll(model, pairs):
             total -= logprobs[t - 1, tokens[t]].item()
             count += 1
     return total / count
+
+
+def test_a_process_model_learns_labelled_steps(tiny, tmp_path):
+    """The stage itself; its folder then judges steps. At initialisation the loss is that of the plain sum."""
+    import json
+
+    from ppomax.engine.train_process import process_gradients
+    from ppomax.engine.train_reward import run
+
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(60):
+        right = torch.randint(0, 2, (3,), generator=draw).tolist()
+        rows.append({"prompt": "q", "steps": ["a" if r else "b" for r in right], "labels": [2 * r - 1 for r in right]})
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = tiny.config("reward", tmp_path / "run", reward={"labels": "steps", "tokens_per_batch": 400})
+    sections["data"] |= {"train": str(tmp_path / "steps.jsonl"), "eval": str(tmp_path / "steps.jsonl")}
+    sections["train"] |= {"steps": 30, "tokens_per_microbatch": 100}
+    sections["optim"]["lr"] = 5e-3
+    config = RunConfig.model_validate(sections)
+    run(config)
+    metrics = json.loads((tmp_path / "run/reward_eval.json").read_text())
+    assert metrics["accuracy"] > 0.95
+    assert min(metrics["accuracy_right"], metrics["accuracy_wrong"]) > 0.9
+    start(60)
+    try:
+        groups = role_groups(config)["reward"]
+        folder = str(tmp_path / "run/hf")
+        model = load_role("reward", folder, config, groups, scalar=True, trained=True)
+        solutions = [
+            SolutionRow((3, 4, 5, 6, 7), (2, 4), (1.0, 0.25), 2, (), 0, 1),
+            SolutionRow((8, 9, 10), (2,), (0.0,), 1, (), 0, 2),
+        ]
+        losses = process_gradients(model, solutions, config)
+        ends = torch.zeros(2, 4, dtype=torch.bool)
+        ends[0, 1] = ends[0, 3] = ends[1, 1] = True
+        tokens = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
+        lengths = torch.tensor([5, 3])
+        rollout = Rollout(tokens, torch.tensor([2, 1]), lengths, ends, lengths > 0, torch.zeros(2, 4))
+        values = step_values(model, rollout, ends, tokens_per_microbatch=100)
+        right = (values[ends] + 1) / 2
+        targets = torch.tensor([1.0, 0.25, 0.0])
+        expected = -(targets * right.log() + (1 - targets) * (1 - right).log()).mean()
+        assert losses["loss"] == pytest.approx(float(expected), rel=1e-4)
+        assert (values[~ends] == 0).all()
+    finally:
+        stop()
