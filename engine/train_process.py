@@ -32,9 +32,9 @@ def process_gradients(model: Role, solutions: Sequence[SolutionRow], config: Run
         logits, wanted = model.stage.scalars(hidden).flatten().float(), targets[pack.index]
         value = binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / len(targets)
         accuracy = ((logits > 0) == (wanted > 0.5)).float().sum() / len(targets)
-        return value, torch.stack([value.detach(), accuracy])
+        return value, accuracy[None]
 
-    sums = run_forward_backward(model.modules, model.groups, packs, loss, 2).tolist()
+    sums = run_forward_backward(model.modules, model.groups, packs, loss, 1).tolist()
     return dict(zip(("loss", "accuracy"), sums, strict=True))
 
 
