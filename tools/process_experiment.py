@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.config_file import load_config
@@ -155,6 +155,7 @@ def _write_data(output: Path) -> None:
     characters = sorted(set("0123456789+= \nHuman:Assistant"))
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>", "<pad>")])
     tokenizer.save(str(output / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
