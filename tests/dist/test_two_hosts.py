@@ -20,7 +20,7 @@ from ppomax.engine.config_file import toml_value
 pytestmark = pytest.mark.dist
 OnRanks = Callable[..., list[Any]]
 
-TIMEOUT = 12
+TIMEOUT = 30
 """parallel.timeout_seconds: a collective fails after it."""
 SLACK = 60.0
 """For node.sh, which ends a torchrun whose rank is gone after 5 s here, and the load of the machine."""
@@ -92,7 +92,7 @@ def test_a_run_that_loses_a_host_goes_on_exactly(
     on_ranks: OnRanks, hosts: Any, tiny: Any, tmp_path: Path, layout: dict[str, int]
 ) -> None:
     shared: dict[str, Any] = {
-        "parallel": {**layout, "timeout_seconds": TIMEOUT},
+        "parallel": layout,
         "train": {"steps": STEPS},
         "checkpoint": {"every": 1, "keep": 2},
     }
@@ -100,6 +100,7 @@ def test_a_run_that_loses_a_host_goes_on_exactly(
     on_ranks(2, run_stage, tiny.config("ppo", straight, **shared), timeout=300)
     config = tiny.config("ppo", output, **shared)
     config["train"]["resume"] = "auto"
+    config["parallel"] = {**layout, "timeout_seconds": TIMEOUT}
     arguments = arguments_of(config)
 
     processes, logs = start_both(hosts, tmp_path, arguments, "first", RANKS_GONE_SECONDS="5")
