@@ -1,4 +1,4 @@
-"""Run by test_conversion_layouts.py on several ranks: a converted checkpoint in the engine, by Megatron's own loading."""
+"""Run by test_conversion_layouts.py on several ranks: a converted checkpoint in the engine, by Megatron's loading."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,9 @@ from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.parallel.pipeline import run_forward
 
 
-def outputs_under(folders: Sequence[Path], splits: Sequence[tuple[int, int, int]], lengths: Sequence[int]) -> list[Tensor]:
+def outputs_under(
+    folders: Sequence[Path], splits: Sequence[tuple[int, int, int]], lengths: Sequence[int]
+) -> list[Tensor]:
     """Logits or values [sum of lengths, width] of every folder under every (tp, pp, vpp), folders outermost.
 
     What the engine exports again must be bit by bit what was converted.

@@ -74,7 +74,10 @@ def case(name: str) -> dict[str, Rollout]:
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(shape.vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
     seeds = request_seeds(1, 2, len(prompts))
-    with patch.object(flight, "uses_graphs", lambda *_: "graphs" in name), patch.object(DecodeGraphs, "_record", record):
+    with (
+        patch.object(flight, "uses_graphs", lambda *_: "graphs" in name),
+        patch.object(DecodeGraphs, "_record", record),
+    ):
         return {
             "paper": generate(role, prompts, PAPER, seeds=seeds, eos_id=EOS, pad_id=0),
             "greedy": generate(role, prompts, GREEDY, seeds=seeds, eos_id=EOS, pad_id=0),

@@ -146,9 +146,9 @@ def check_failures(root: Path, groups: RoleGroups) -> None:
 
     assert_raises("is not the work of an earlier export", lambda: save(root / "llama"))
     working = hf_writer.SafetensorsWriter
-    setattr(hf_writer, "SafetensorsWriter", full_disk)
+    hf_writer.SafetensorsWriter = full_disk
     assert_raises("No space left on device", lambda: save(root / "failed"))
-    setattr(hf_writer, "SafetensorsWriter", working)
+    hf_writer.SafetensorsWriter = working
     if dist.get_rank() == 0:
         assert not list(root.glob("failed*"))
     save(root / "failed")

@@ -29,7 +29,9 @@ class Hosts:
     addresses: tuple[str, str]
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
-    def torchrun(self, host: int, log: Path, arguments: Sequence[str], *, run_id: str, **environment: str) -> subprocess.Popen[str]:
+    def torchrun(
+        self, host: int, log: Path, arguments: Sequence[str], *, run_id: str, **environment: str
+    ) -> subprocess.Popen[str]:
         """examples/node.sh, so torchrun, with one rank on a host, in a run of both; what it prints goes into `log`."""
         command = ["ip", "netns", "exec", self.names[host], "bash", str(NODE_SH)]
         command += ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", run_id]

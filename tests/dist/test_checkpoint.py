@@ -147,7 +147,18 @@ def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, l
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("tp2", "pp2"), ("tp2", "dp2"), ("dp2", "tp2_pp2"), ("dp2", "one_process"), ("pp2_tied", "tp2_tied"), ("pp2_vpp2_tied", "tp2_tied"), ("pp2_tied", "pp2_vpp2_tied"), ("pp2_tied", "pp2_uneven_tied"), ("critic_first", "tp2_pp2"), ("tp2", "critic_first")],
+    [
+        ("tp2", "pp2"),
+        ("tp2", "dp2"),
+        ("dp2", "tp2_pp2"),
+        ("dp2", "one_process"),
+        ("pp2_tied", "tp2_tied"),
+        ("pp2_vpp2_tied", "tp2_tied"),
+        ("pp2_tied", "pp2_vpp2_tied"),
+        ("pp2_tied", "pp2_uneven_tied"),
+        ("critic_first", "tp2_pp2"),
+        ("tp2", "critic_first"),
+    ],
 )
 def test_another_layout_can_go_on_from_a_checkpoint(straight, resume, saved: str, loaded: str) -> None:
     expected = straight(saved)

@@ -106,7 +106,9 @@ def test_resharded_there_and_back_every_chunk_is_as_the_ranks_saved_it(run: Path
     reshard(str(step(run, 2)), str(tmp_path / "one"), split=Split())
     reshard(str(tmp_path / "one"), str(tmp_path / "two"), split=Split(tp=2))
     for role in ("policy", "critic"):
-        saved, one, two = (DistributedCheckpoint(folder / role) for folder in (step(run, 2), tmp_path / "one", tmp_path / "two"))
+        saved, one, two = (
+            DistributedCheckpoint(folder / role) for folder in (step(run, 2), tmp_path / "one", tmp_path / "two")
+        )
         assert saved.tensors.keys() == one.tensors.keys() == two.tensors.keys()
         for key, tensor in saved.tensors.items():
             boxes = {(chunk.first, chunk.count) for chunk in tensor.chunks}

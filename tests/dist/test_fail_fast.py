@@ -121,7 +121,9 @@ def test_a_rank_that_hangs_is_named_and_ends_with_all_others(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sleep", "stop"])
 @pytest.mark.parametrize(("phase", "rank"), [("rollout", 0), ("scoring", 1), ("policy_update", 0), ("export", 1)])
-def test_a_rank_with_other_roles_that_hangs_is_named(tiny: Any, tmp_path: Path, phase: str, rank: int, kind: str) -> None:
+def test_a_rank_with_other_roles_that_hangs_is_named(
+    tiny: Any, tmp_path: Path, phase: str, rank: int, kind: str
+) -> None:
     seconds, printed = run_until_failure(tiny, tmp_path, phase, kind, rank, SPLIT, timeout=HANGING)
     check_hang(printed, seconds, kind, rank)
 
@@ -129,9 +131,7 @@ def test_a_rank_with_other_roles_that_hangs_is_named(tiny: Any, tmp_path: Path, 
 def test_a_rank_that_is_stopped_is_named(tiny: Any, tmp_path: Path) -> None:
     """Without torchrun, which would take half a minute to end the stopped rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    arguments = failing_arguments(
-        tiny, tmp_path, "policy_update", "stop", 0, {"tp": 2, "timeout_seconds": HANGING}
-    )
+    arguments = failing_arguments(tiny, tmp_path, "policy_update", "stop", 0, {"tp": 2, "timeout_seconds": HANGING})
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1"}
     world["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks = [

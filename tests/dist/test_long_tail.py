@@ -47,8 +47,7 @@ def run_ppo(config: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "prompts": [tokens[:start] for tokens, start, _ in rows],
                 "responses": [
-                    row[mask].tolist()
-                    for row, mask in zip(rollout.tokens[:, 1:], rollout.response_mask, strict=True)
+                    row[mask].tolist() for row, mask in zip(rollout.tokens[:, 1:], rollout.response_mask, strict=True)
                 ],
                 "off": (experience.logprobs - rollout.sampling_logprobs).abs().max(1).values.tolist(),
             }

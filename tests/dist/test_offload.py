@@ -176,7 +176,9 @@ def test_a_checkpoint_is_resumed_bitwise_whatever_was_on_the_host(run: Run, layo
     assert_bitwise(found, expected, last=1)
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "reward")), "critic"])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "reward")), "critic"]
+)
 def test_other_stages_are_bitwise_the_same(run: Run, stage: str) -> None:
     found, phases = run(stage, "dp2_bf16", "all", checkpoint={"every": 1})
     assert_bitwise(found, run(stage, "dp2_bf16", "none", checkpoint={"every": 1})[0])
@@ -205,7 +207,9 @@ def test_variants_of_ppo_are_bitwise_the_same(on_ranks: OnRanks, tiny: Any, tmp_
 
 
 @pytest.mark.slow
-def test_roles_of_different_layouts_and_modes_are_bitwise_the_same(on_ranks: OnRanks, tiny: Any, tmp_path: Path) -> None:
+def test_roles_of_different_layouts_and_modes_are_bitwise_the_same(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path
+) -> None:
     modes = {"policy": "optimizer", "critic": "all", "reward": "all", "reference": "none"}
     for name, offload in (("none", {}), ("all", modes)):
         parallel = {role: {**MIXED.get(role, {}), "offload": offload.get(role, "none")} for role in modes}

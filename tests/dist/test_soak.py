@@ -1,4 +1,4 @@
-"""200 PPO steps in one process and on two ranks: memory, file descriptors, shared memory, threads and step time flat."""
+"""200 PPO steps in one process and on two ranks: memory, descriptors, shared memory, threads and step time flat."""
 
 import gc
 import json

@@ -78,9 +78,7 @@ def test_the_measure_of_overlap() -> None:
     assert total([(0.0, 2.0), (4.0, 6.0)]) == 4.0
 
 
-def test_a_trace_has_the_work_of_each_rank_alone(
-    on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path: Path
-) -> None:
+def test_a_trace_has_the_work_of_each_rank_alone(on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path: Path) -> None:
     config = tiny.config("ppo", tmp_path / "run", parallel=SPLIT, monitor={"trace": True}, train={"steps": 1})
     on_ranks(2, run_ppo, config, False)
     names = [

@@ -74,9 +74,7 @@ CASES = {
 }
 SLOW_CASES = {
     "pp2_vpp2_uneven_tied": Case(2, {"pp": 2, "vpp": 2, "first_stage_layers": 2}, tied=True, num_layers=6),
-    "pp2_vpp2_both_uneven": Case(
-        2, {"pp": 2, "vpp": 2, "first_stage_layers": 4, "last_stage_layers": 2}, num_layers=6
-    ),
+    "pp2_vpp2_both_uneven": Case(2, {"pp": 2, "vpp": 2, "first_stage_layers": 4, "last_stage_layers": 2}, num_layers=6),
     "pp4_uneven": Case(4, {"pp": 4, "first_stage_layers": 1, "last_stage_layers": 3}, num_layers=8),
     "pp2_vpp2_tied": Case(2, {"pp": 2, "vpp": 2}, tied=True),
     "pp2_vpp2_dp2": Case(4, {"pp": 2, "vpp": 2}),
@@ -161,7 +159,15 @@ def run(on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path_factory: pytest.
         if key not in done:
             output = tmp_path_factory.mktemp(stage) / "run"
             train = {"tokens_per_microbatch": case.tokens_per_microbatch, **overrides.pop("train", {})}
-            config = tiny.config(stage, output, tied=case.tied, num_layers=case.num_layers, parallel=case.parallel, train=train, **overrides)
+            config = tiny.config(
+                stage,
+                output,
+                tied=case.tied,
+                num_layers=case.num_layers,
+                parallel=case.parallel,
+                train=train,
+                **overrides,
+            )
             first, *others = on_ranks(case.num_ranks, traced_run, stage, config, mutation)
             for other in others:
                 assert other["steps"] == first["steps"], "ranks have different metrics"

@@ -75,7 +75,7 @@ def finish_in_time() -> list[tuple[str, int]]:
 
 def test_a_rank_that_computes_for_ever_is_ended_first_and_named(on_ranks: OnRanks) -> None:
     results = on_ranks(3, wait_for_one_that_computes, 1)
-    (own, code), *more = results[1]
+    (own, code), *_more = results[1]
     assert code == 1
     assert "in compute_for" in own
     for rank in (0, 2):
@@ -87,7 +87,9 @@ def test_a_rank_that_computes_for_ever_is_ended_first_and_named(on_ranks: OnRank
 
 
 def test_ranks_that_wait_for_each_other_are_listed(on_ranks: OnRanks) -> None:
-    with pytest.raises(PeerFailedError, match=r"rank \d has been for . s in recv .* no rank is known to hang: rank \d has"):
+    with pytest.raises(
+        PeerFailedError, match=r"rank \d has been for . s in recv .* no rank is known to hang: rank \d has"
+    ):
         on_ranks(2, wait_for_each_other)
 
 
