@@ -14,6 +14,7 @@ FOLDERS = (
     "engine/rollout",
     "engine/ppo",
     "engine/judge",
+    "engine/monitor",
     "engine/rewards",
     "tools",
 )
