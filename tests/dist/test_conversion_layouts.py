@@ -20,7 +20,7 @@ from ppomax.engine.models.megatron_names import Split
 pytestmark = pytest.mark.dist
 OnRanks = Callable[..., list[Any]]
 
-# 250 tokens are padded at tp 4; two key / value heads: at tp 4 one spans two ranks; with four layers pp 4 has middle ones.
+# 250 tokens are padded at tp 4; two key / value heads: at tp 4 one spans two ranks; at pp 4 there are middle stages.
 SMALL: dict[str, Any] = {
     "vocab_size": 250,
     "hidden_size": 64,
