@@ -6,6 +6,7 @@ writer publishes the folder (`checkpoint_folders.py`). A fault of any rank is on
 before stays as it is.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -140,6 +141,14 @@ class Saver:
         """Waits until the save under way is published. Collective over all ranks; raises CheckpointError."""
         while self._under_way is not None:
             self._advance(self._under_way, timeout=self._timeout)
+
+    def last_good(self) -> str:
+        """The newest checkpoint, once the save under way has ended in one way or the other: where a run that diverged
+        can go on; "none" where there is none. Collective over all ranks.
+        """
+        with contextlib.suppress(CheckpointError):  # the run ends for a better reason
+            self.finish()
+        return str(self.published or "none")
 
     def protect(self, step: int | None) -> None:
         """Keeps the run's own checkpoint of a step, and no longer that of an earlier call."""

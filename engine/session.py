@@ -21,7 +21,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
 from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
-from ppomax.engine.errors import CheckpointError, ConfigError, DivergedError, DoesNotFitError, RunStopped
+from ppomax.engine.errors import ConfigError, DivergedError, DoesNotFitError, RunStopped
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
@@ -144,9 +144,8 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
     except BaseException as error:
         watchdog.explain(error)
         if saver is not None:
-            if isinstance(error, DivergedError):  # on all ranks: what is being saved was good
-                with contextlib.suppress(CheckpointError):
-                    saver.finish()
+            if isinstance(error, DivergedError):  # on all ranks
+                saver.last_good()
             saver.close()
         # Peers may wait in a collective: leaving the group could wait for them in turn. The process ends, and torchrun
         # ends the others.
@@ -225,10 +224,9 @@ def end_step(
         saver.save(step, roles, {"state": dict(state), "evaluation": session.log.evaluated.get(step)})
     if asked or not session.config.checkpoint.asynchronous:
         saver.finish()
-    counter.last_good = str(saver.published or counter.last_good)
     if asked:
         raise RunStopped(
-            f"stopped after step {step}, as {signal.Signals(asked).name} asked: wrote {counter.last_good}; the same "
+            f"stopped after step {step}, as {signal.Signals(asked).name} asked: wrote {saver.published}; the same "
             "command with train.resume=auto goes on from it"
         )
 

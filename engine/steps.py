@@ -3,9 +3,8 @@ rate.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,18 +23,18 @@ from ppomax.engine.parallel.pipeline import run_forward_backward
 @dataclass
 class StepCounter:
     """Optimizer steps done of num_steps, those skipped in a row because a number was not finite, and where to go back
-    to.
+    to: last_good names the checkpoint, and is asked on all ranks.
     """
 
     step: int
     num_steps: int
     max_skipped: int
     skipped: int = 0
-    last_good: str = "none"
+    last_good: Callable[[], str] = lambda: "none"
 
-    def resume(self, step: int, skipped: int, checkpoint: Path) -> None:
-        """Goes on where the run stood that wrote a checkpoint."""
-        self.step, self.skipped, self.last_good = step, skipped, str(checkpoint)
+    def resume(self, step: int, skipped: int) -> None:
+        """Goes on where a run stood."""
+        self.step, self.skipped = step, skipped
 
     def record(self, *, applied: bool, what: str) -> None:
         """Counts one step; raises DivergedError after more than max_skipped skipped ones in a row."""
@@ -52,7 +51,7 @@ class StepCounter:
         if self.skipped > self.max_skipped:
             raise DivergedError(
                 f"{what} ({self.skipped} in a row, train.max_skipped_steps = {self.max_skipped}); "
-                f"no weight was changed by it. Last good checkpoint: {self.last_good}. "
+                f"no weight was changed by it. Last good checkpoint: {self.last_good()}. "
                 "Lower the learning rate (or raise ppo.kl_coef) and resume from that checkpoint"
             )
 
@@ -121,7 +120,7 @@ def require_finite_weights(roles: Iterable[Role], counter: StepCounter) -> None:
     if bad:
         raise DivergedError(
             f"optimizer step {counter.step}: it or one before left weights that are not finite; no checkpoint is "
-            f"written. Last good checkpoint: {counter.last_good}. Lower the learning rate and resume from that "
+            f"written. Last good checkpoint: {counter.last_good()}. Lower the learning rate and resume from that "
             "checkpoint"
         )
 

@@ -43,12 +43,14 @@ def run(config: RunConfig) -> None:
             ppo.model_copy(update={"value_clip": None}), config.optim, config.train.tokens_per_microbatch
         )
         steps_per_rollout = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
-        counter = StepCounter(0, config.train.steps * steps_per_rollout, config.train.max_skipped_steps)
+        counter = StepCounter(
+            0, config.train.steps * steps_per_rollout, config.train.max_skipped_steps, last_good=session.saver.last_good
+        )
         scaler, step, is_done = RewardScaler(), 0, False
         if session.resume:
             state = restore(session, {"critic": critic})
             step, scaler, is_done = state["step"], RewardScaler(**state["scaler"]), state.get("is_done", False)
-            counter.resume(state["optimizer_step"], state.get("skipped", 0), session.resume.path)
+            counter.resume(state["optimizer_step"], state.get("skipped", 0))
         order = prompts.order(config.train.seed)
         clock = phase_clock(config, session.device, session.world_size)
         own_reference = None if reference is policy else reference.shape

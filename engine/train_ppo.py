@@ -103,12 +103,14 @@ def iterations(config: RunConfig) -> Iterator[int]:
         rewards = make_mix(config, session.template, (*prompts.rows, *held_out))
         settings = UpdateSettings(ppo, config.optim, train.tokens_per_microbatch, trace)
         steps_per_iteration = ppo.epochs * ppo.rollout_size // ppo.minibatch_size
-        counter = StepCounter(0, train.steps * steps_per_iteration, train.max_skipped_steps)
+        counter = StepCounter(
+            0, train.steps * steps_per_iteration, train.max_skipped_steps, last_good=session.saver.last_good
+        )
         state = TrainState(0, 0, 0, 0, RewardScaler(), KlController(ppo.kl_coef))
         trained = {"policy": models.policy, "critic": models.critic}
         if session.resume:
             state = _resumed(restore(session, trained), session)
-            counter.resume(state.optimizer_step, state.skipped, session.resume.path)
+            counter.resume(state.optimizer_step, state.skipped)
             _check_carried(state, config)
         order = prompts.order(train.seed)
         ptx = PtxBatches(session) if config.data.ptx and ppo.ptx_coef > 0 else None
@@ -254,7 +256,7 @@ def _roll_back(session: Session, trained: Mapping[str, Role], state: TrainState,
     assert state.monitor.healthy_step is not None
     checkpoint, content = go_back(session, state.monitor.healthy_step, trained)
     healthy = TrainState.from_json(content)
-    counter.resume(healthy.optimizer_step, healthy.skipped, checkpoint.path)
+    counter.resume(healthy.optimizer_step, healthy.skipped)
     monitor = session.config.monitor
     constraint = state.constraint.after_rollback(monitor)
     session.log.say(

@@ -41,10 +41,10 @@ def run(config: RunConfig) -> None:
         model.memory.hold("weights", "gradients")  # never idle
         model.memory.wait()
         batches = plan_batches(dataset, dataset.order(config.train.seed), config.reward, config.train.steps)
-        counter = StepCounter(0, len(batches), config.train.max_skipped_steps)
+        counter = StepCounter(0, len(batches), config.train.max_skipped_steps, last_good=session.saver.last_good)
         if session.resume:
             state = restore(session, {"reward": model})
-            counter.resume(state["step"], state.get("skipped", 0), session.resume.path)
+            counter.resume(state["step"], state.get("skipped", 0))
         while counter.step < len(batches):
             rows = batches[counter.step]
             losses = work.gradients(model, rows, config)

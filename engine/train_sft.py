@@ -28,10 +28,10 @@ def run(config: RunConfig) -> None:
         policy.memory.wait()
         num_steps = train.steps or max(1, math.ceil(config.sft.epochs * len(dataset.rows) / train.batch_size))
         order = dataset.order(train.seed)
-        counter = StepCounter(0, num_steps, train.max_skipped_steps)
+        counter = StepCounter(0, num_steps, train.max_skipped_steps, last_good=session.saver.last_good)
         if session.resume:
             state = restore(session, {"policy": policy})
-            counter.resume(state["step"], state.get("skipped", 0), session.resume.path)
+            counter.resume(state["step"], state.get("skipped", 0))
         while counter.step < num_steps:
             rows = dataset.take(order, counter.step * train.batch_size, train.batch_size)
             loss = language_model_gradients(policy, rows, train.tokens_per_microbatch)

@@ -243,7 +243,7 @@ def test_a_loss_that_is_nan_names_step_and_last_good_checkpoint_which_goes_on(
     assert "Lower the learning rate" in message
     assert not (run / "hf").exists()
     kept = contents(run / "checkpoints")
-    assert {path.split("/")[0] for path in kept} == {"step_00000002", "step_00000003"}
+    assert {path.split("/")[0] for path in kept} == {"latest", "step_00000002", "step_00000003"}
     losses({})
     assert cli.main(command) == 0
     assert [record["step"] for record in records(run, "sft")] == [1, 2, 3, 4, 5]
@@ -279,6 +279,7 @@ def test_a_reward_model_that_gives_nan_ends_ppo_before_any_weight_changes(
     assert "optimizer step 1: the rollout before it has a score of the reward model that is not finite" in message
     assert "no weight was changed by it. Last good checkpoint: none" in message
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
         "config.toml",
         "metrics.jsonl",
         "plan.json",

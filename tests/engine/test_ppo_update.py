@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(models, rollout):
     experience = experience_of(rollout, models)
     broken = replace(experience, old_logprobs=experience.old_logprobs * float("nan"))
     weights = [p.detach().clone() for p in models.policy.stage.parameters()]
-    counter = StepCounter(0, 10, 1, last_good="runs/x/checkpoints/step_00000007")
+    counter = StepCounter(0, 10, 1, last_good=lambda: "runs/x/checkpoints/step_00000007")
     with pytest.raises(DivergedError, match=r"optimizer step 2: policy_\w+ is nan .*step_00000007"):
         update(models.policy, models.critic, broken, None, settings_for(BASE), counter, torch.Generator())
     assert all(torch.equal(a, b) for a, b in zip(weights, models.policy.stage.parameters(), strict=True))

@@ -39,7 +39,7 @@ def test_a_nan_loss_ends_the_run_with_step_and_last_good_checkpoint(tiny: Any, t
     with pytest.raises(DivergedError, match=r"optimizer step 2: loss is nan .*step_00000001\. Lower"):
         train_sft.run(sft_config(tiny, tmp_path / "run"))
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1]
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step_00000001"]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["latest", "step_00000001"]
 
 
 def test_skipped_steps_change_no_weight(tiny: Any, tmp_path: Path) -> None:
