@@ -115,8 +115,10 @@ def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
         for number, chunk in enumerate(role.chunks)
     }
     assert role.optimizer is not None
-    optimizer = role.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer}
+    if not loading:
+        optimizer = role.optimizer.state_to_save(model) | {"param_state_sharding_type": SHARDING}
+        return {"model": model, "optimizer": optimizer}
+    return {"model": model, "optimizer": role.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
 
 
 def _plain(value: Any) -> Any:

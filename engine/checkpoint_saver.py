@@ -33,7 +33,7 @@ from ppomax.engine.checkpoint_folders import (
 )
 from ppomax.engine.checkpoint_state import FORMAT, STATE_FILE
 from ppomax.engine.checkpoint_verify import VerifiedCheckpoint
-from ppomax.engine.errors import CheckpointError
+from ppomax.engine.errors import CheckpointError, PpomaxError
 from ppomax.engine.models.roles import Role
 from ppomax.engine.models.save_plan import SavePlanOfRole
 from ppomax.engine.parallel.collectives import raise_on_all
@@ -106,7 +106,8 @@ class Saver:
     ) -> None:
         """Begins a checkpoint of the trained roles; waits for the one before it. Collective over all ranks.
 
-        content: what state.json holds besides roles and step: JSON, of rank 0. export: adds files to the folder.
+        content: what state.json holds besides roles and step: JSON, of rank 0. export: adds files to the
+        folder, before this returns.
         """
         self.finish()
         final = step_folder(self.folder, step)
@@ -117,6 +118,13 @@ class Saver:
                 remove_leftovers(self.folder)
                 for name in roles:
                     (partial / name).mkdir(parents=True)
+        if export is not None:
+            try:
+                export(partial)
+            except PpomaxError:
+                if dist.get_rank() == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
         plans = {}
         for name, role in roles.items():
             with role.memory.resident("weights", "optimizer"):
@@ -125,8 +133,6 @@ class Saver:
                     self._writer.add(partial / name / plans[name].file, plans[name].tensors)
             plans[name] = plans[name].without_tensors()
         self._checked |= set(roles)
-        if export is not None:
-            export(partial)
         self._writer.start()
         shapes = {name: asdict(role.shape) for name, role in sorted(roles.items())}
         whole = {"format": FORMAT, "step": step, "roles": shapes, **content}

@@ -583,6 +583,8 @@ class CheckpointConfig(Section):
     keep_best: Count = 0
     """Checkpoints kept besides for their held-out evaluation, made at their step (monitor.eval_every): lowest loss in
     `sft`, highest accuracy in `reward`, highest reward in `ppo`."""
+    hf: bool = False
+    """Write each trained role as a Hugging Face folder too, `step_N/hf/ROLE`. Training waits for it to be written."""
     asynchronous: bool = True
     """Write in a process beside each rank: training waits for a copy in host memory (as large as the rank's share of
     the checkpoint), not for the disk."""

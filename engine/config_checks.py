@@ -62,6 +62,13 @@ def impossible_combinations(config: RunConfig, command: str) -> list[str]:
     checks |= {
         "monitor.action or one of monitor.actions is rollback, but checkpoint.every is 0: there is nothing to go back "
         "to; set checkpoint.every": command == "ppo" and goes_back and config.checkpoint.every == 0,
+        "checkpoint.keep_best keeps checkpoints by their held-out evaluation, but monitor.eval_every is 0; set it to a "
+        "divisor of checkpoint.every, or checkpoint.keep_best = 0": (
+            command in ("sft", "reward", "ppo") and config.checkpoint.keep_best > 0 and config.monitor.eval_every == 0
+        ),
+        "checkpoint.keep_best keeps checkpoints by their held-out evaluation, which critic has not; set it to 0": (
+            command == "critic" and config.checkpoint.keep_best > 0
+        ),
         "model.tokenizer is empty and no model folder is given; set model.tokenizer to a tokenizer's folder or file": (
             not (model.tokenizer or model.policy or model.reward or model.critic)
         ),

@@ -3,7 +3,7 @@ over several models.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ import megatron.core.optimizer as megatron_optimizer
 import megatron.core.optimizer.distrib_optimizer as megatron_distributed
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -23,6 +25,7 @@ from ppomax.engine.config import OptimConfig
 from ppomax.engine.models.offload import RoleMemory
 from ppomax.engine.parallel.device import this_device
 from ppomax.engine.parallel.groups import RoleGroups
+from ppomax.engine.shard_pieces import pieces_of
 from ppomax.kernels.adamw import adamw_step, squared_norm
 
 
@@ -193,6 +196,33 @@ class FlatAdamW(DistributedOptimizer):
         """Makes the launched step count in the bias correction of those that follow."""
         for group in self.param_groups:
             group["step"] += 1
+
+    def state_to_save(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank saves: the checkpoint that Megatron calls "fully_reshardable", of views of what lies here, where
+        its own way gathers all state on all replicas. model: the sharded state of the chunks' weights.
+        """
+        wholes, _ = extract_sharded_tensors_and_factories(model)
+        of_parameter = {id(whole.data): whole for whole in nested_values(wholes)}
+        maps = [bucket["param_map"] for ranges in self.gbuf_ranges for bucket in next(iter(ranges.values()))]
+        pieces = [
+            piece
+            for shard, param_map in zip(self.shards, maps, strict=True)
+            for parameter, ranges in param_map.items()
+            for piece in pieces_of(
+                of_parameter[id(parameter)],
+                parameter,
+                ranges["param"].start,
+                {
+                    name: values[ranges["gbuf_local"].start : ranges["gbuf_local"].end]
+                    for name, values in (
+                        ("param", shard.params),
+                        ("exp_avg", shard.exp_avg),
+                        ("exp_avg_sq", shard.exp_avg_sq),
+                    )
+                },
+            )
+        ]
+        return {**self.state_dict(), "param_state": dict(enumerate(pieces))}
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
         """Megatron's, with the padding between buckets that its caller counts.

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from ppomax.engine.errors import ConfigError, DivergedError, DoesNotFitError, Ru
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
-from ppomax.engine.models.roles import Role, role_groups
+from ppomax.engine.models.identity import ModelIdentity
+from ppomax.engine.models.roles import Role, as_scalar, role_groups
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import DTYPES
 from ppomax.engine.parallel.collectives import raise_on_all
@@ -38,6 +40,7 @@ from ppomax.engine.plan.run import MemoryMeter, plan_run
 from ppomax.engine.plan.summary import measured_lines, plan_record, summary_lines
 from ppomax.engine.ppo.evaluation import EVALUATION_STEP
 from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.resume_checks import check_resume, frozen_models, pinned
 from ppomax.engine.rollout.backend import RolloutRequest, as_rollout
 from ppomax.engine.rollout.candidates import best_of
 from ppomax.engine.rollout.generate import generate, request_seeds
@@ -60,8 +63,9 @@ SAMPLING_STAGES = ("critic", "ppo", "evaluate")
 
 @dataclass(frozen=True)
 class Session:
-    """One stage on this rank. resume: the checkpoint to go on from, if any. saver: writes checkpoints. vllm: with
-    sampling.backend = "vllm". trace: with monitor.trace. stop: what signals asked for; `end_step` looks.
+    """One stage on this rank. resume: the checkpoint to go on from, if any. frozen: the models that are not trained, as
+    checkpoints pin them. saver: writes checkpoints. vllm: with sampling.backend = "vllm". trace: with monitor.trace.
+    stop: what signals asked for; `end_step` looks.
     """
 
     config: RunConfig
@@ -71,6 +75,7 @@ class Session:
     template: Template
     log: RunLog
     resume: VerifiedCheckpoint | None
+    frozen: dict[str, ModelIdentity]
     saver: Saver
     vllm: VllmBackend | None
     trace: Trace | None
@@ -102,6 +107,8 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         template = make_template(config.data, tokenizer)
         found = find_checkpoint(config.train.resume, checkpoint_folder(config))
         resume = found.checkpoint
+        frozen = frozen_models(config, command)
+        notes = check_resume(resume, config, frozen) if resume else []
         with raise_on_all(ConfigError, f"train.output {config.train.output} cannot be written"):
             log = RunLog(
                 config,
@@ -110,7 +117,7 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
                 resumed=resume is not None,
                 resumed_step=resume.step if resume else None,
             )
-        for line in (*found.notes, *summary_lines(plan)):
+        for line in (*found.notes, *notes, *summary_lines(plan)):
             log.say(line)
         saver = Saver(
             checkpoint_folder(config),
@@ -129,7 +136,9 @@ def open_session(config: RunConfig, command: str, *, tokenizer_source: str) -> I
         # A stage that saves nothing is ended by the signal itself.
         with stop_signal if command in TRAINING_STAGES else contextlib.nullcontext():
             try:
-                yield Session(config, device, groups, tokenizer, template, log, resume, saver, vllm, trace, stop_signal)
+                yield Session(
+                    config, device, groups, tokenizer, template, log, resume, frozen, saver, vllm, trace, stop_signal
+                )
             except RunStopped as reason:
                 stopped = reason
         saver.finish()
@@ -221,7 +230,9 @@ def end_step(
     saver.poll()
     if asked or is_due(session.config.checkpoint.every, step):
         require_finite_weights(roles.values(), counter)
-        saver.save(step, roles, {"state": dict(state), "evaluation": session.log.evaluated.get(step)})
+        content = {"state": dict(state), "evaluation": session.log.evaluated.get(step)}
+        beside = partial(_export_beside, session, roles) if session.config.checkpoint.hf else None
+        saver.save(step, roles, {**content, **pinned(session.config, session.frozen)}, export=beside)
     if asked or not session.config.checkpoint.asynchronous:
         saver.finish()
     if asked:
@@ -295,14 +306,25 @@ def _sample_in_vllm(
 def export(session: Session, role: Role, name: str, *, shape: ModelShape | None = None) -> str:
     """Writes a role as a Hugging Face folder train.output/`name`. Collective over all ranks of the run."""
     folder = str(Path(session.config.train.output) / name)
+    _export_to(session, role, shape or role.shape, folder)
+    session.log.say(f"wrote {folder}")
+    return folder
+
+
+def _export_beside(session: Session, roles: Mapping[str, Role], folder: Path) -> None:
+    """Writes hf/ROLE into the folder of a checkpoint, as the stage exports them at its end."""
+    for name, role in roles.items():
+        shape = role.shape if name == "policy" else as_scalar(role.shape)
+        _export_to(session, role, shape, str(folder / "hf" / name))
+
+
+def _export_to(session: Session, role: Role, shape: ModelShape, folder: str) -> None:
     with role.memory.resident("weights"):
         save_hf(
             role.chunks,
-            shape or role.shape,
+            shape,
             role.groups,
             folder,
             dtype=DTYPES[session.config.model.dtype],
             tokenizer=session.tokenizer,
         )
-    session.log.say(f"wrote {folder}")
-    return folder

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.hf_names import SCALAR_HEAD, weight_sizes
-from ppomax.engine.models.safetensors_file import TensorSpan, read_header, read_rows
+from ppomax.engine.models.safetensors_file import TensorSpan, digest_of, read_header, read_rows
 from ppomax.engine.models.shape import ModelShape
 
 SINGLE_FILE = "model.safetensors"
@@ -86,6 +86,10 @@ class SafetensorsReader:
             return read_rows(self._files[self._file_of[name]], span, rows, columns)
         except OSError as error:
             raise CheckpointError(f"cannot read {name} of {self.origin(name)}: {error}; copy the file again") from error
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's type, size and bytes. Raises OSError."""
+        return digest_of(self._files[self._file_of[name]], self._span(name))
 
     def origin(self, name: str) -> str:
         return str(self._folder / self._file_of[name])

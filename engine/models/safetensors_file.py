@@ -4,6 +4,7 @@ The library's reader maps whole files into memory and its writer takes all tenso
 in use is that of the rows asked for, or of the tensor being written.
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -125,6 +126,17 @@ def read_into(file: FileIO, target: Tensor, offset: int) -> None:
         if count == 0:
             raise OSError(f"the file ends at byte {offset + done}, {len(view) - done} bytes too early")
         done += count
+
+
+def digest_of(file: FileIO, span: TensorSpan) -> str:
+    """SHA-256 of a tensor's type, size and bytes. Raises OSError where the file ends before them."""
+    digest = hashlib.sha256(f"{span.dtype} {list(span.size)}\n".encode())
+    piece = torch.empty(min(PIECE_BYTES, span.stop - span.start), dtype=torch.uint8)
+    for start in range(span.start, span.stop, PIECE_BYTES):
+        part = piece[: span.stop - start]
+        read_into(file, part, start)
+        digest.update(byte_view(part))
+    return digest.hexdigest()
 
 
 def byte_view(tensor: Tensor) -> memoryview:

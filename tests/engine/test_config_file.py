@@ -337,3 +337,21 @@ def test_help_of_a_section_lists_its_fields_and_help_alone_lists_the_sections():
 def test_help_of_an_unknown_topic_suggests_one():
     with pytest.raises(ConfigError, match=r"did you mean ppo\.lam"):
         describe("ppo.lamm")
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "is_refused"),
+    [
+        ("ppo", ["checkpoint.keep_best=1"], True),
+        ("ppo", ["checkpoint.keep_best=1", "monitor.eval_every=2", "data.eval=rows.jsonl"], False),
+        ("critic", ["checkpoint.keep_best=1", "monitor.eval_every=2", "data.eval=rows.jsonl"], True),
+        ("sft", [], False),
+    ],
+)
+def test_keeping_the_best_needs_evaluations(command, overrides, is_refused):
+    try:
+        load_config(None, [*COMPLETE, *overrides], command=command)
+        refused = False
+    except ConfigError as error:
+        refused = "checkpoint.keep_best" in str(error)
+    assert refused == is_refused
