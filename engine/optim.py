@@ -198,8 +198,8 @@ class FlatAdamW(DistributedOptimizer):
             group["step"] += 1
 
     def state_to_save(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """What this rank saves: the checkpoint that Megatron calls "fully_reshardable", of views of what lies here, where
-        its own way gathers all state on all replicas. model: the sharded state of the chunks' weights.
+        """What this rank saves: the checkpoint that Megatron calls "fully_reshardable", of views of what lies here; its
+        own way gathers all state on all replicas. model: the sharded state of the chunks' weights.
         """
         wholes, _ = extract_sharded_tensors_and_factories(model)
         of_parameter = {id(whole.data): whole for whole in nested_values(wholes)}
