@@ -1,4 +1,4 @@
-"""Whole stages whose saves go wrong: the disk is full, a rank or a writer is killed, the newest checkpoint is damaged."""
+"""Whole stages whose saves go wrong: a full disk, a killed rank or writer, a damaged newest checkpoint."""
 
 import contextlib
 import io
@@ -123,7 +123,8 @@ def test_a_full_disk_ends_the_run_and_once_there_is_space_it_goes_on(
     on_ranks: OnRanks, tiny: Any, small_disk: Path, num_ranks: int, checkpoint: dict[str, bool]
 ) -> None:
     output = small_disk / "run"
-    assert [error for _, error in on_ranks(num_ranks, run_stage, sft(tiny, output, 1, **checkpoint))] == [""] * num_ranks
+    done = on_ranks(num_ranks, run_stage, sft(tiny, output, 1, **checkpoint))
+    assert [error for _, error in done] == [""] * num_ranks
     shutil.rmtree(output / "hf")  # so that the run is one that was stopped
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 150_000))
@@ -139,7 +140,8 @@ def test_a_full_disk_ends_the_run_and_once_there_is_space_it_goes_on(
     assert whole(output) == ["step_00000001"]
     assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step_00000001"]
     ballast.unlink()
-    assert [error for _, error in on_ranks(num_ranks, run_stage, sft(tiny, output, 4, **checkpoint))] == [""] * num_ranks
+    done = on_ranks(num_ranks, run_stage, sft(tiny, output, 4, **checkpoint))
+    assert [error for _, error in done] == [""] * num_ranks
     assert whole(output) == [f"step_0000000{step}" for step in (1, 2, 3, 4)]
     assert steps_recorded(output) == [1, 2, 3, 4]
 
