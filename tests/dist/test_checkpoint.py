@@ -134,7 +134,15 @@ def step_2(output: Path) -> Path:
     return output / "checkpoints" / "step_00000002"
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2_tied", "pp2_vpp2_tied", "critic_first"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2",
+        "dp2",
+        "critic_first",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2_tied", "pp2_vpp2_tied")),
+    ],
+)
 def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, layout: str) -> None:
     expected = straight(layout)
     found = resume(step_2(expected), layout)
@@ -149,15 +157,20 @@ def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, l
     ("saved", "loaded"),
     [
         ("tp2", "pp2"),
-        ("tp2", "dp2"),
         ("dp2", "tp2_pp2"),
-        ("dp2", "one_process"),
-        ("pp2_tied", "tp2_tied"),
-        ("pp2_vpp2_tied", "tp2_tied"),
-        ("pp2_tied", "pp2_vpp2_tied"),
-        ("pp2_tied", "pp2_uneven_tied"),
         ("critic_first", "tp2_pp2"),
-        ("tp2", "critic_first"),
+        *(
+            pytest.param(*layouts, marks=pytest.mark.slow)
+            for layouts in (
+                ("tp2", "dp2"),
+                ("dp2", "one_process"),
+                ("pp2_tied", "tp2_tied"),
+                ("pp2_vpp2_tied", "tp2_tied"),
+                ("pp2_tied", "pp2_vpp2_tied"),
+                ("pp2_tied", "pp2_uneven_tied"),
+                ("tp2", "critic_first"),
+            )
+        ),
     ],
 )
 def test_another_layout_can_go_on_from_a_checkpoint(straight, resume, saved: str, loaded: str) -> None:

@@ -30,8 +30,9 @@ time.sleep(600)
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def writer() -> Iterator[ProcessWriter]:
+    """One for all tests that leave it alive: a process takes seconds to start."""
     made = ProcessWriter()
     yield made
     made.close()
@@ -108,7 +109,8 @@ def test_a_writer_publishes(writer: ProcessWriter, tmp_path: Path) -> None:
     assert list(read_manifest(final)) == ["state.json"]
 
 
-def test_a_killed_writer_is_a_fault_that_says_so(writer: ProcessWriter, tmp_path: Path) -> None:
+def test_a_killed_writer_is_a_fault_that_says_so(tmp_path: Path) -> None:
+    writer = ProcessWriter()
     writer.add(tmp_path / "first", some_tensors(0))
     writer.start()
     assert isinstance(writer.answer(120), dict)
@@ -118,6 +120,7 @@ def test_a_killed_writer_is_a_fault_that_says_so(writer: ProcessWriter, tmp_path
     assert writer.answer(0) is None
     os.kill(writer._process.pid, signal.SIGKILL)
     assert "ended by itself (exit code -9)" in str(writer.answer(120))
+    writer.close()
 
 
 def test_signals_to_the_job_leave_the_writer_at_work(writer: ProcessWriter, tmp_path: Path) -> None:
