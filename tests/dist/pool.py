@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 NUM_WORKERS = 4
+"""Of a pool, until a job needs more."""
 PEER_SECONDS = 30.0
 """After one worker failed, how long the others may take to notice before they are killed."""
 PR_SET_PDEATHSIG = 1
@@ -48,8 +49,9 @@ class Pool:
         Raises what a failing worker raised, with its traceback as a note; after `timeout` seconds TimeoutError,
         with the end of what the workers printed.
         """
-        if not self._connections:
-            self._start()
+        if num_ranks > len(self._connections):
+            self.close()
+            self._start(max(NUM_WORKERS, num_ranks))
         # The store lives in this process and gets a free port: no two jobs can meet in one.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         job = pickle.dumps((num_ranks, store.port, function.__code__.co_filename, function.__qualname__, args))
@@ -66,8 +68,8 @@ class Pool:
             connection.close()
         self._connections, self._parent = [], None
 
-    def _start(self) -> None:
-        pairs = [multiprocessing.Pipe() for _ in range(NUM_WORKERS)]
+    def _start(self, num_workers: int) -> None:
+        pairs = [multiprocessing.Pipe() for _ in range(num_workers)]
         theirs = [theirs.fileno() for _, theirs in pairs]
         self._connections = [ours for ours, _ in pairs]
         self._parent = subprocess.Popen(

@@ -128,6 +128,7 @@ def test_a_rank_with_other_roles_that_hangs_is_named(
     check_hang(printed, seconds, kind, rank)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named(tiny: Any, tmp_path: Path) -> None:
     """Without torchrun, which would take half a minute to end the stopped rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
