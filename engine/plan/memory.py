@@ -1,5 +1,6 @@
 """Bytes of one role on one rank, by phase and kind."""
 
+import operator
 from dataclasses import dataclass, field, fields, replace
 
 from ppomax.engine.config import RunConfig
@@ -37,10 +38,10 @@ class Bytes:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, kind.name) for kind in fields(self))
+        return sum(vars(self).values())
 
     def __add__(self, other: "Bytes") -> "Bytes":
-        return Bytes(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))
+        return Bytes(*map(operator.add, vars(self).values(), vars(other).values()))
 
 
 KINDS = tuple(kind.name for kind in fields(Bytes))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.errors import DoesNotFitError
@@ -58,10 +59,10 @@ class RankPlan:
     def worst_phase(self) -> str:
         return max(self.phases, key=lambda phase: self.peak(phase).total)
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Bytes at the peak."""
-        return self.peak(self.worst_phase()).total
+        return max(self.peak(phase).total for phase in self.phases)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Plan:
     cache_pages: int | None
     costs: dict[tuple[str, str], Cost]
 
-    @property
+    @cached_property
     def worst(self) -> RankPlan:
         return max(self.ranks, key=lambda rank: rank.total)
 

@@ -5,10 +5,12 @@ bytes of roles on the same ranks add up, and of two sets of ranks the slower one
 layouts are planned once, the combinations are ranked by these sums, and the best of them are planned whole.
 """
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ppomax.engine.config import RunConfig
@@ -27,7 +29,9 @@ from ppomax.engine.plan.workload import Workload
 WHOLE_PLANS = 60
 """Combinations, the best by their sums, that are planned whole."""
 BEST_OF_A_SET = 40
-"""Combinations of one set of ranks, the fastest, that are tried with those of the other set."""
+"""Combinations of one set of ranks, the fastest, that are tried with those of the other set. At most WHOLE_PLANS, since
+no more of any set are kept.
+"""
 LARGEST_PP = 16
 SPLIT = (("policy", "reference"), ("critic", "reward"))
 SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
@@ -47,6 +51,10 @@ class Candidate:
     seconds: dict[str, float]
     state: int
     extra: int
+
+    @cached_property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,12 @@ def _search(
 
 def _rank(seconds: float, layouts: Sequence[ParallelLayout]) -> tuple[int, int, int, float]:
     """Of what is equally fast as far as the model can tell, the plainest first: few layouts, few chunks."""
-    alike = round(math.log(seconds) / math.log(1 + ALIKE))
-    return alike, len(set(layouts)), sum(layout.vpp for layout in layouts), seconds
+    return _alike(seconds), len(set(layouts)), sum(layout.vpp for layout in layouts), seconds
+
+
+def _alike(seconds: float) -> int:
+    """Equal for times that say nothing about which layout is faster."""
+    return round(math.log(seconds) / math.log(1 + ALIKE))
 
 
 def _colocated(plan: Plan, config: RunConfig, gpu: Gpu) -> list[Choice]:
@@ -166,12 +178,17 @@ def _split(plan: Plan, config: RunConfig, gpu: Gpu) -> Iterator[Choice]:
 def _choices(
     groups: Sequence[Sequence[PlannedRole]], ranks: range, plan: Plan, config: RunConfig, gpu: Gpu
 ) -> list[Choice]:
-    """Combinations of layouts of these roles on these ranks that may fit."""
+    """Combinations of layouts of these roles on these ranks that may fit, with all of the first WHOLE_PLANS."""
     options = [_candidates(group, ranks, plan, config, gpu) for group in groups]
-    found = []
+    fitting = []
     for chosen in itertools.product(*options):
         size = sum(candidate.state for candidate in chosen) + max(candidate.extra for candidate in chosen)
         if size <= gpu.memory:
+            fitting.append((sum(candidate.total for candidate in chosen), chosen))
+    fastest = heapq.nsmallest(WHOLE_PLANS, (total for total, _ in fitting))
+    found = []
+    for total, chosen in fitting:
+        if _alike(total) <= _alike(fastest[-1]):
             layouts = {role.name: one.layout for group, one in zip(groups, chosen, strict=True) for role in group}
             seconds = {phase: sum(one.seconds[phase] for one in chosen) for phase in PHASES}
             found.append(Choice(layouts, seconds))
