@@ -77,15 +77,15 @@ def _replan(model: str, gpu: Gpu, config: RunConfig, world_size: int) -> Plan:
 
 
 def _layout_text(plan: Plan) -> str:
-    """tp x pp of each role, roles alike together, and vpp where there is more than one chunk."""
-    names: dict[str, list[str]] = {}
+    """tp x pp of each role, roles alike on the same GPUs together, and vpp where there is more than one chunk."""
+    names: dict[tuple[str, int], list[str]] = {}
     for role in plan.roles:
         layout = role.layout
         text = f"{layout.tp} x {layout.pp}" + (f", vpp {layout.vpp}" if layout.vpp > 1 else "")
         if layout.num_ranks < plan.world_size:
             text += f", {layout.num_ranks} GPUs"
-        names.setdefault(text, []).append(role.name)
-    texts = [f"{' + '.join(roles)} {text}" if len(names) > 1 else f"all {text}" for text, roles in names.items()]
+        names.setdefault((text, layout.first_rank), []).append(role.name)
+    texts = [f"{' + '.join(roles)} {text}" if len(names) > 1 else f"all {text}" for (text, _), roles in names.items()]
     offload = "" if plan.roles[0].offload == "none" else f"; offload {plan.roles[0].offload}"
     return f"{'; '.join(texts)}; recompute {plan.config.model.recompute}{offload}"
 

@@ -27,7 +27,7 @@ from ppomax.engine.plan.timing import Cost, rollout_cost, scoring_cost, update_c
 from ppomax.engine.plan.workload import Workload
 
 WHOLE_PLANS = 60
-"""Combinations, the best by their sums, that are planned whole."""
+"""Combinations of a kind, colocated or split, the best by their sums, that are planned whole."""
 BEST_OF_A_SET = 40
 """Combinations of one set of ranks, the fastest, that are tried with those of the other set. At most WHOLE_PLANS, since
 no more of any set are kept.
@@ -128,13 +128,14 @@ def _search(
         base: dict[str, Any] = {"model.recompute": recompute, "parallel.sequence_parallel": True}
         base |= values_of_all | with_layout("first_stage_layers", None) | with_layout("last_stage_layers", None)
         config = with_values(plan.config, base)
-        choices = [*_colocated(plan, config, gpu), *_split(plan, config, gpu)]
-        choices.sort(key=lambda one: _rank(one.total, list(one.layouts.values())))
-        for choice in choices[:WHOLE_PLANS]:
-            values = base | _layout_values(plan, choice.layouts)
-            whole = replan(with_values(plan.config, values), plan.world_size)
-            if not whole.faults:
-                found.append(Found(whole, values, is_uneven, is_placed))
+        # Apart: sums say too often of one kind that it fits, and it would keep the other one from being planned.
+        for choices in (_colocated(plan, config, gpu), list(_split(plan, config, gpu))):
+            choices.sort(key=lambda one: _rank(one.total, list(one.layouts.values())))
+            for choice in choices[:WHOLE_PLANS]:
+                values = base | _layout_values(plan, choice.layouts)
+                whole = replan(with_values(plan.config, values), plan.world_size)
+                if not whole.faults:
+                    found.append(Found(whole, values, is_uneven, is_placed))
     return found
 
 

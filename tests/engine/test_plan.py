@@ -400,6 +400,14 @@ def test_the_search_offloads_where_nothing_fits_without() -> None:
         assert replan(config, 8).worst.total == one.plan.worst.total <= 33e9
 
 
+def test_split_layouts_that_do_not_fit_keep_no_colocated_one_from_being_found() -> None:
+    def replan(config: RunConfig, world_size: int) -> Plan:
+        return make_plan(config, "ppo", world_size, gpu=H100, model=MODELS["llama-70b"])
+
+    (found,) = search(make_plan(planned().config, "ppo", 32, gpu=H100, model=MODELS["llama-70b"]), H100, replan, most=1)
+    assert {(role.offload, role.layout.num_ranks) for role in found.plan.roles} == {("all", 32)}
+
+
 def test_the_search_drops_layouts_whose_cache_is_too_small() -> None:
     plan = planned("sampling.cache_gib=0.001")
     assert search(plan, H100, lambda config, world_size: make_plan(config, "ppo", world_size, gpu=H100)) == []
