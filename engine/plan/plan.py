@@ -104,13 +104,14 @@ class Plan:
                 f"rank {worst.rank} needs {worst.total / GIB:.1f} GiB in {phase}, "
                 f"{(worst.total - self.capacity) / GIB:.1f} GiB more than the {self.capacity / GIB:.1f} GiB of its GPU"
             )
-        for memory in worst.roles:
-            if memory.cache is not None and self.cache_pages is not None and self.cache_pages < memory.cache.least:
-                faults.append(
-                    f"the key / value cache has room for {max(0, self.cache_pages)} pages of "
-                    f"{self.config.sampling.page_size} tokens, but the longest request of each flight needs "
-                    f"{memory.cache.least}"
-                )
+        # Of every rank: the fullest one may not sample.
+        caches = [role.cache for rank in self.ranks for role in rank.roles if role.cache is not None]
+        least = max((cache.least for cache in caches), default=0)
+        if self.cache_pages is not None and self.cache_pages < least:
+            faults.append(
+                f"the key / value cache has room for {max(0, self.cache_pages)} pages of "
+                f"{self.config.sampling.page_size} tokens, but the longest request of each flight needs {least}"
+            )
         return faults
 
     @property
