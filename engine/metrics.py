@@ -19,7 +19,7 @@ from ppomax.engine.config_file import write_config
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.monitor.live import LiveView
 from ppomax.engine.monitor.sinks import Sink, open_sinks
-from ppomax.engine.run_records import drop_later, is_same_run, lock_folder
+from ppomax.engine.run_records import drop_later, goes_on_here, is_same_run, lock_folder
 
 PACKAGES = ("ppomax", "torch", "megatron-core", "transformers", "triton", "flash-attn", "numpy")
 CONSOLE = {
@@ -51,7 +51,13 @@ class RunLog:
             return
         records = self.folder / "metrics.jsonl"
         # A run that ended before its first record (a bad row, say) left nothing that could be lost.
-        if not resumed and records.exists() and records.stat().st_size > 0:
+        has_records = records.exists() and records.stat().st_size > 0
+        if resumed and has_records and not goes_on_here(config, self.folder):
+            raise ConfigError(
+                f"train.output {self.folder} already holds a run, and train.resume = {config.train.resume!r} is no "
+                f"checkpoint of it; {NEW_FOLDER}, or set train.resume=auto to go on with the run that it holds"
+            )
+        if not resumed and has_records:
             is_finished = (self.folder / "hf").exists()
             if config.train.resume == "auto" and (is_finished or not is_same_run(config, self.folder)):
                 why = "is finished" if is_finished else "had another configuration"
@@ -59,7 +65,7 @@ class RunLog:
                     f"train.output {self.folder} holds a run without a checkpoint, which {why}; {NEW_FOLDER}"
                 )
             self._resumed_step = -1  # killed before its first checkpoint: it starts again
-        if not resumed and config.train.resume != "auto" and records.exists() and records.stat().st_size > 0:
+        if not resumed and has_records and config.train.resume != "auto":
             raise ConfigError(f"train.output {self.folder} already holds a run; {NEW_FOLDER}, or set train.resume=auto")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -65,11 +65,25 @@ def drop_later(path: Path, step: int) -> None:
 
 def is_same_run(config: RunConfig, folder: Path) -> bool:
     """Whether the folder's config.toml is that of this run, but for what may change within one."""
+    before = _read(folder)
+    return before is not None and _fixed(before) == _fixed(tomllib.loads(to_toml(config)))
+
+
+def goes_on_here(config: RunConfig, folder: Path) -> bool:
+    """Whether the checkpoint that train.resume names is of the run in this folder: its own, or what it began from."""
+    resume = config.train.resume
+    if resume == "auto" or Path(resume).resolve().parent == (folder / "checkpoints").resolve():
+        return True
+    before = _read(folder)
+    return before is not None and before.get("train", {}).get("resume") == resume and is_same_run(config, folder)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """config.toml; None where there is none that can be read."""
     try:
-        before = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        return tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return _fixed(before) == _fixed(tomllib.loads(to_toml(config)))
+        return None
 
 
 def _fixed(tree: dict[str, Any]) -> dict[str, Any]:

@@ -44,8 +44,10 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """The body belongs to a phase of PHASES; it may happen several times."""
         start = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def record(self, work: Mapping[str, Work]) -> dict[str, float]:
         """A line of timing.jsonl (docs/metrics.md), and the clock starts anew."""

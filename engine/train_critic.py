@@ -80,11 +80,13 @@ def run(config: RunConfig) -> None:
             is_done = stats.get("value_loss", math.inf) < config.critic.stop_loss
             state = {"step": step, "optimizer_step": counter.step, "skipped": counter.skipped, "is_done": is_done}
             state["scaler"] = vars(scaler)
-            with clock.phase("checkpoint"):
-                end_step(session, step, {"critic": critic}, state, counter)
             each = statistics.responses
             work = iteration_work(shapes, each["tokens"], each["response_length"], ppo, trains=False)
-            session.log.timing(step, clock.record(work))
+            try:
+                with clock.phase("checkpoint"):
+                    end_step(session, step, {"critic": critic}, state, counter)
+            finally:  # also where the run stops here
+                session.log.timing(step, clock.record(work))
             if is_done:
                 session.log.say(
                     f"value loss {stats['value_loss']:.4g} is below critic.stop_loss {config.critic.stop_loss}"

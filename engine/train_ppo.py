@@ -193,11 +193,13 @@ def iterations(config: RunConfig) -> Iterator[int]:
             if held_out and (is_last or is_due(config.monitor.eval_every, state.step)):
                 with clock.phase("evaluation"):
                     _evaluate(session, models, rewards, held_out, state.step)
-            with span(trace, "checkpoint"), clock.phase("checkpoint"):
-                end_step(session, state.step, trained, state.to_json(), counter)
             each = statistics.responses
             work = iteration_work(shapes, each["tokens"], each["response_length"], ppo, trains=True)
-            session.log.timing(state.step, clock.record(work))
+            try:
+                with span(trace, "checkpoint"), clock.phase("checkpoint"):
+                    end_step(session, state.step, trained, state.to_json(), counter)
+            finally:  # also where the run stops here
+                session.log.timing(state.step, clock.record(work))
             yield state.step
         export(session, models.policy, "hf")
         export(session, models.critic, "critic_hf")

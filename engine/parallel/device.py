@@ -54,7 +54,8 @@ def start(timeout_seconds: int, *, agreed: Mapping[str, str] | None = None) -> t
         keep_to_this_host()
         world = join_store(timeout)
         if world["world_size"] > 1:
-            check_same_everywhere(**world, facts=versions() | dict(agreed or {}), timeout_seconds=timeout_seconds)
+            facts = versions() | dict(agreed or {})
+            world["store"] = check_same_everywhere(**world, facts=facts, timeout_seconds=timeout_seconds)
         dist.init_process_group("nccl" if has_gpu else "gloo", **world, timeout=timeout)
     _prepare_megatron_globals()
     return device

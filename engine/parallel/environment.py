@@ -12,6 +12,7 @@ import os
 import platform
 import socket
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ SWITCHES = ("PPOMAX_KERNELS", "TRITON_INTERPRET")
 """Environment variables that choose what computes."""
 MOST_SHOWN = 12
 """Differences that one message lists."""
+POLL_SECONDS = 0.02
 SLACK_SECONDS = 15.0
 """How much longer than the first rank the others wait, so that it can say who is missing."""
 
@@ -66,26 +68,28 @@ def settings(config: RunConfig) -> dict[str, str]:
 
 def check_same_everywhere(
     store: dist.Store, rank: int, world_size: int, facts: Mapping[str, str], timeout_seconds: float
-) -> None:
+) -> dist.Store:
     """Raises ConfigError, on every rank, where `facts` differ between ranks: names them, the ranks and their hosts.
     PeerFailedError where a rank does not tell its facts in time. Every rank must call it, once per store.
+
+    Returns the part of the store that belongs to these ranks alone. A torchrun that starts its ranks again
+    (`--max-restarts`) keeps the store with all that the ranks before them wrote, addresses of process groups included;
+    and its count of restarts is each host's own. So the first rank names the attempt anew, and the others go on where
+    it answered what they have just told.
     """
-    told = {"host": socket.gethostname(), "facts": dict(facts)}
-    everyone = tell_first(store, "environment", rank, world_size, told, timeout_seconds)
-    fault = None
-    if everyone is not None:
-        missing = [number for number, one in enumerate(everyone) if one is None]
-        if missing:
-            fault = f"{_ranks(missing)} did not start within {timeout_seconds:g} s; see the messages of their hosts"
-            store.set("environment/verdict", json.dumps({"missing": fault}))
-        else:
-            hosts, all_facts = zip(*((one["host"], one["facts"]) for one in everyone), strict=True)
-            differing = differences(all_facts, hosts)
-            store.set("environment/verdict", json.dumps({"differing": differing}))
-    verdict = _read(store, "environment/verdict", timeout_seconds + 2 * SLACK_SECONDS)
-    if verdict is None:
-        raise PeerFailedError("rank 0 did not compare the ranks' environments in time; see its message")
-    if verdict.get("missing"):
+    key = uuid.uuid4().hex
+    told = {"host": socket.gethostname(), "facts": dict(facts), "key": key}
+    own: dist.Store
+    if rank == 0:
+        own = dist.PrefixStore(key, store)
+        store.set("attempt", key)
+        everyone = tell_first(own, "environment", 0, world_size, told, timeout_seconds)
+        assert everyone is not None
+        verdict = _verdict(everyone, timeout_seconds)
+        own.set("environment/verdict", json.dumps(verdict))
+    else:
+        own, verdict = _answer_first(store, rank, told, timeout_seconds + 2 * SLACK_SECONDS)
+    if verdict["missing"]:
         raise PeerFailedError(verdict["missing"])
     if verdict["differing"]:
         faults = "\n".join(f"  {one}" for one in verdict["differing"][:MOST_SHOWN])
@@ -93,6 +97,36 @@ def check_same_everywhere(
             f"the ranks of this run differ, and would not compute the same:\n{faults}\nuse one environment, one "
             "configuration and the same arguments on every host (`ppomax doctor` under the same torchrun shows more)"
         )
+    return own
+
+
+def _verdict(everyone: Sequence[Any], timeout_seconds: float) -> dict[str, Any]:
+    missing = [number for number, one in enumerate(everyone) if one is None]
+    verdict: dict[str, Any] = {"keys": [one and one["key"] for one in everyone], "missing": "", "differing": []}
+    if missing:
+        verdict["missing"] = (
+            f"{_ranks(missing)} did not start within {timeout_seconds:g} s; see the messages of their hosts"
+        )
+    else:
+        hosts, all_facts = zip(*((one["host"], one["facts"]) for one in everyone), strict=True)
+        verdict["differing"] = differences(all_facts, hosts)
+    return verdict
+
+
+def _answer_first(store: dist.Store, rank: int, told: Mapping[str, Any], seconds: float) -> tuple[dist.Store, Any]:
+    """Tells the first rank until it has answered this very process."""
+    deadline, named, text = time.monotonic() + seconds, "", json.dumps(told)
+    own = store
+    while time.monotonic() < deadline:
+        if store.check(["attempt"]) and (attempt := store.get("attempt").decode()) != named:
+            named, own = attempt, dist.PrefixStore(attempt, store)
+            own.set(f"environment/{rank}", text)
+        if named and own.check(["environment/verdict"]):
+            verdict = json.loads(own.get("environment/verdict"))
+            if verdict["keys"][rank] == told["key"]:
+                return own, verdict
+        time.sleep(POLL_SECONDS)
+    raise PeerFailedError("rank 0 did not compare the ranks' environments in time; see its message")
 
 
 def differences(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[str]:

@@ -23,6 +23,9 @@ PLACES = {
     "policy_update": ("ppo.losses", "PolicyObjective.__call__"),
     "critic_update": ("ppo.losses", "ValueObjective.__call__"),
     "checkpoint": ("checkpoint", "_sharded_state"),
+    "copy": ("checkpoint_saver", "plan_role"),
+    "write": ("checkpoint_writers", "write_chunks"),  # of a process that writes for itself
+    "pointer": ("checkpoint_folders", "point_to"),  # the folder has its name, `latest` is still the one before
     "export": ("session", "save_hf"),
 }
 

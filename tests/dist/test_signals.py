@@ -1,4 +1,6 @@
-"""Runs under torchrun that are told to stop, lose torchrun, or lose a rank: no orphans, and a checkpoint or none."""
+"""Runs under torchrun that are told to stop, lose torchrun, or lose a rank: no orphans, a checkpoint or none, and the
+run goes on exactly.
+"""
 
 import json
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from ppomax.engine.config_help import toml_value
 
@@ -97,9 +100,9 @@ def start() -> Iterator[Callable[..., Run]]:
         run.kill()
 
 
-def records(output: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times."""
-    path = output / "metrics.jsonl"
+def records(output: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Without times."""
+    path = output / name
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -108,6 +111,58 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 def checkpoints(output: Path) -> list[str]:
     return sorted(path.name for path in (output / "checkpoints").glob("step_????????"))
+
+
+def exported(output: Path) -> dict[str, bytes]:
+    return {
+        f"{file.parent.name} {name}": weight.numpy().tobytes()
+        for file in sorted(output.glob("*hf/*.safetensors"))
+        for name, weight in load_file(file).items()
+    }
+
+
+def short(tiny: Any, output: Path, parallel: dict[str, Any], **checkpoint: Any) -> dict[str, Any]:
+    """Some steps of PPO."""
+    ppo = {"rollout_size": 6, "minibatch_size": 3, "epochs": 1, "kl_controller": "adaptive", "kl_horizon": 100}
+    train = {"steps": 8, "resume": "auto"}
+    return tiny.config("ppo", output, num_layers=2, parallel=parallel, ppo=ppo, train=train, checkpoint=checkpoint)
+
+
+def test_sigterm_loses_nothing_and_the_run_goes_on_exactly(tiny: Any, tmp_path: Path, start: Any) -> None:
+    config = short(tiny, tmp_path / "run", {"tp": 2})
+    run = start("ppo", config)
+    run.wait_for_step(2)
+    run.agent.send_signal(signal.SIGTERM)
+    assert run.end() == 1  # torchrun's own
+    said = re.findall(r"\[rank (\d)\] ppomax: stopped after step (\d+), as SIGTERM asked: wrote (\S+);", run.printed())
+    assert sorted(rank for rank, *_ in said) == ["0", "1"], run.printed()
+    assert len({step for _, step, _ in said}) == 1
+    step = int(said[0][1])
+    assert checkpoints(run.output) == [f"step_{step:08d}"]
+    assert records(run.output)[-1]["step"] == step
+    again = start("ppo", config)
+    assert again.end() == 0, again.printed()
+    straight = start("ppo", short(tiny, tmp_path / "straight", {"tp": 2}))
+    assert straight.end() == 0
+    assert records(run.output) == records(straight.output)
+    assert exported(run.output) == exported(straight.output)
+
+
+@pytest.mark.timeout(900)
+def test_torchrun_brings_a_run_back_after_a_killed_rank(tiny: Any, tmp_path: Path, start: Any) -> None:
+    """After a checkpoint, and before the first one, when the run begins again."""
+    straight = start("ppo", short(tiny, tmp_path / "straight", {}))
+    assert straight.end() == 0
+    for rank, every in ((0, 1), (1, 0)):
+        run = start("ppo", short(tiny, tmp_path / f"run_{every}", {}, every=every), "--max-restarts=1")
+        run.wait_for_step(3)
+        os.kill(run.ranks()[rank], signal.SIGKILL)
+        assert run.end() == 0, run.printed()
+        assert bool(checkpoints(run.output)) == bool(every)
+        began_again = any(x["step"] == 1 for x in records(run.output, "metrics.superseded.jsonl"))
+        assert began_again == (every == 0), run.printed()
+        assert records(run.output) == records(straight.output)
+        assert exported(run.output) == exported(straight.output)
 
 
 def endless(tiny: Any, output: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,9 +23,11 @@ from ppomax.engine.parallel.environment import (
 )
 
 
-def compare(facts: list[dict[str, str] | None], seconds: float = 20) -> list[Exception | None]:
+def compare(
+    facts: list[dict[str, str] | None], seconds: float = 20, store: dist.Store | None = None
+) -> list[Exception | None]:
     """What each rank that takes part ends with; None in `facts` is a rank that never comes."""
-    store = dist.HashStore()
+    store = store or dist.HashStore()
 
     def of_rank(rank: int) -> Exception | None:
         told = facts[rank]
@@ -41,6 +44,25 @@ def compare(facts: list[dict[str, str] | None], seconds: float = 20) -> list[Exc
 
 def test_equal_ranks_go_on() -> None:
     assert compare([versions()] * 3) == [None] * 3
+
+
+def test_ranks_that_are_started_again_hear_nothing_of_those_before_them() -> None:
+    """torchrun keeps the store when it starts the ranks of a run again; the first one is the last to come back."""
+    store = dist.HashStore()
+    assert compare([{"x": "1"}] * 2, store=store) == [None] * 2
+    assert all(isinstance(error, ConfigError) for error in compare([{"x": "1"}, {"x": "2"}], store=store))
+    ours: list[dist.Store] = []
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            second = pool.submit(check_same_everywhere, store, 1, 2, {"x": "3"}, 20)
+            time.sleep(0.3)
+            assert not second.done()
+            first = pool.submit(check_same_everywhere, store, 0, 2, {"x": "3"}, 20)
+            first.result().set("address", "here")
+            assert second.result().get("address") == b"here"
+            ours.append(second.result())
+    ours[0].set("address", "of the first attempt")
+    assert ours[1].get("address") == b"here"
 
 
 def test_every_rank_hears_what_differs_and_where() -> None:

@@ -83,6 +83,21 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_in_its_folder(tmp
         log_of(tmp_path, seed=7)
 
 
+def test_a_checkpoint_of_another_run_does_not_go_on_in_a_folder_with_records(tmp_path: Path) -> None:
+    theirs, output = tmp_path / "theirs" / "checkpoints" / "step_00000002", tmp_path / "run"
+    log_of(output, step=2, resume=str(theirs)).step(3, 4, {"loss": 1.0})
+    # The same command again, as torchrun repeats it, and checkpoints of its own.
+    again = log_of(output, step=2, resume=str(theirs))
+    again.step(3, 4, {"loss": 2.0})
+    again.step(4, 4, {"loss": 2.0})
+    log_of(output, step=3, resume=str(output / "checkpoints" / "step_00000003")).step(4, 4, {"loss": 3.0})
+    assert lines(output / "metrics.jsonl") == [3, 4]
+    for other in (theirs, theirs.with_name("step_00000004")):
+        with pytest.raises(ConfigError, match=r"already holds a run, and train\.resume = .* is no checkpoint of it"):
+            log_of(output, step=2, resume=str(other))
+    assert lines(output / "metrics.jsonl") == [3, 4]
+
+
 def test_what_may_change_within_a_run(tmp_path: Path) -> None:
     write_config(config(tmp_path), tmp_path / "config.toml")
     assert is_same_run(config(tmp_path / "moved", log_every=5), tmp_path)
