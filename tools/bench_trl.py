@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainerCallback,
 )
-from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 class Turns(TrainerCallback):
@@ -39,6 +37,9 @@ class Turns(TrainerCallback):
 
 
 def main() -> None:
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
     folder = Path(sys.argv[1])
     prompts, prompt_tokens, new_tokens, minibatches, threads = map(int, sys.argv[2:7])
     torch.set_num_threads(threads)
