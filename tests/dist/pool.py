@@ -186,6 +186,8 @@ def _work(connection: Connection, rank: int) -> None:
         connection.send_bytes(answer)
         if dist.is_initialized():
             dist.destroy_process_group()
+        # A group that could not be made was counted all the same: names of the next job's would differ between workers.
+        dist.distributed_c10d._world.group_count = 0
 
 
 def _pickled_error(error: Exception, rank: int) -> bytes:
