@@ -162,7 +162,11 @@ def test_a_resumed_run_goes_on_bitwise_with_what_was_carried(run: Runner, layout
     found, resumed = run("carry", layout, str(expected / "checkpoints/step_00000002"))
     assert resumed == rollouts[2:]
     assert records(found) == records(expected)[2:]
-    assert state_after(found, NUM_STEPS) == state_after(expected, NUM_STEPS)
+    ends = state_after(found, NUM_STEPS), state_after(expected, NUM_STEPS)
+    for end in ends:
+        for mark in ("healthy_step", "candidate_step"):  # the monitor goes back to checkpoints of its own run alone
+            del end["monitor"][mark]
+    assert ends[0] == ends[1]
     for folder in ("hf", "critic_hf"):
         ours, theirs = (load_file(output / folder / "model.safetensors") for output in (found, expected))
         assert ours.keys() == theirs.keys()
