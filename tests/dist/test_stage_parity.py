@@ -465,7 +465,7 @@ def parameters_held(config: dict[str, Any]) -> dict[str, int]:
 
     run_config = RunConfig.model_validate(config)
     with open_session(run_config, "ppo", tokenizer_source=run_config.model.policy) as session:
-        models = vars(load_models(session))
+        models = {name: role for name, role in vars(load_models(session)).items() if role is not None}
     return {name: sum(x.numel() for chunk in role.chunks for x in chunk.parameters()) for name, role in models.items()}
 
 
