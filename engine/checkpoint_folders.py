@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppomax.engine.checkpoint_manifest import MANIFEST_FILE, FileRecord, files_below, record_of, write_manifest
+from ppomax.engine.models.atomic_folder import sync
 
 LATEST_FILE = "latest"
 
@@ -70,19 +71,19 @@ class Publication:
         records = dict(self.known)
         for name in files_below(self.partial):
             if name not in records:
-                _sync(self.partial / name)
+                sync(self.partial / name)
                 records[name] = record_of(self.partial / name)
         write_manifest(self.partial, records)
-        _sync(self.partial / MANIFEST_FILE)
+        sync(self.partial / MANIFEST_FILE)
         for path in self.partial.rglob("*"):
             if path.is_dir():
-                _sync(path)
-        _sync(self.partial)
+                sync(path)
+        sync(self.partial)
         for path in {*self.superseded, self.final}:
             if path.exists():
                 set_aside(path)
         os.rename(self.partial, self.final)
-        _sync(self.final.parent)
+        sync(self.final.parent)
         point_to(self.final)
         remove(superfluous(self.final.parent, self.retention, self.protected))
 
@@ -92,9 +93,9 @@ def point_to(final: Path) -> None:
     pointer = final.with_name(LATEST_FILE)
     written = final.with_name(f".{LATEST_FILE}.partial")
     written.write_text(final.name + "\n")
-    _sync(written)
+    sync(written)
     os.replace(written, pointer)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def set_aside(path: Path) -> Path:
@@ -143,11 +144,3 @@ def _score(path: Path, metric: str) -> float | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return float(score) if isinstance(score, int | float) and score == score else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -39,8 +39,8 @@ class AtomicFolder:
     def commit(self) -> None:
         """Brings every file to the disk and puts the folder in place; a target that exists stays if that fails."""
         for path in self.partial.rglob("*"):
-            _sync(path)
-        _sync(self.partial)
+            sync(path)
+        sync(self.partial)
         self._check_target()  # another process may have made it since
         old = self.target.with_name(f"{self.target.name}.old-{os.getpid()}")
         had_target = self.target.exists()
@@ -52,7 +52,7 @@ class AtomicFolder:
             if had_target:
                 old.rename(self.target)
             raise
-        _sync(self.target.parent)
+        sync(self.target.parent)
         if had_target:
             shutil.rmtree(old)
 
@@ -76,7 +76,8 @@ NOTHING = Replaceable(_is_empty_folder, "an empty folder")
 """The rule of commands to which people name a folder: no file of theirs is ever replaced."""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has a file, or the names in a folder, written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
