@@ -1,5 +1,6 @@
 """Histograms of rewards over the steps of a run on one grid, so that they can be drawn side by side."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,15 +34,17 @@ def reward_histograms(
         return None
     used = [(low, high) for bins in found.values() for low, high, count in bins if count > 0]
     low, high = min(low for low, _ in used), max(high for _, high in used)
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    edges = [low + (high - low) * i / NUM_BINS for i in range(NUM_BINS + 1)]
+    narrowest = NUM_BINS * math.ulp(max(abs(low), abs(high)))
+    if high - low < narrowest:
+        low, high = low - max(0.5, narrowest), high + max(0.5, narrowest)
+    width = high / NUM_BINS - low / NUM_BINS
+    edges = [low + width * i for i in range(NUM_BINS + 1)]
     steps = sorted(found)
     columns = []
     for start, end in stretches(len(steps), min(NUM_COLUMNS, len(steps))):
         counts = [0.0] * NUM_BINS
         for step in steps[start:end]:
-            _add(counts, found[step], low, high)
+            _add(counts, found[step], low, width)
         columns.append({"from": steps[start], "to": steps[end - 1], "counts": [rounded(count) for count in counts]})
     return {"source": source, "edges": [rounded(edge) for edge in edges], "columns": columns}
 
@@ -65,14 +68,13 @@ def _points(rows: Sequence[Row], key: str) -> Weighted:
     return [(value, value, 1.0) for value in values]
 
 
-def _add(counts: list[float], bins: Weighted, low: float, high: float) -> None:
-    """Spreads each bin evenly over those of the grid that it covers."""
-    width = (high - low) / len(counts)
+def _add(counts: list[float], bins: Weighted, low: float, width: float) -> None:
+    """Spreads each bin evenly over those of the grid, which begins at `low`, that it covers."""
     for start, end, count in bins:
         if count == 0:
             continue
-        first = min(len(counts) - 1, max(0, int((start - low) / width)))
-        last = min(len(counts) - 1, max(first, int((end - low) / width)))
+        first = min(len(counts) - 1, max(0, int(start / width - low / width)))
+        last = min(len(counts) - 1, max(first, int(end / width - low / width)))
         for i in range(first, last + 1):
             covered = min(end, low + (i + 1) * width) - max(start, low + i * width)
             counts[i] += count if first == last else count * max(0.0, covered) / (end - start)

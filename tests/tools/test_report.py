@@ -224,6 +224,14 @@ def test_histograms_of_other_edges_come_onto_one_grid():
     assert second == pytest.approx([0.2] * 40)
 
 
+@pytest.mark.parametrize("value", [0.0, 5e-324, 2.0**52, 4.5036e15, 1e150])
+def test_a_range_narrower_than_numbers_can_tell_apart_is_widened(value):
+    records = [{"kind": "ppo", "step": 1, "reward_histogram": {"edges": [value, value], "counts": [3]}}]
+    found = reward_histograms(records, {}, {})
+    assert found["edges"] == sorted(found["edges"])
+    assert sum(found["columns"][0]["counts"]) == pytest.approx(3)
+
+
 def test_histograms_come_from_rollouts_or_samples_where_records_have_none():
     assert reward_histograms([], {3: [{"score": 1.0}, {"score": None}]}, {})["source"].startswith("responses written")
     found = reward_histograms([], {}, {0: [{"reward": 1.0}], 5: [{"reward": 1.0}]})
