@@ -1,12 +1,13 @@
 """Times whole PPO iterations, phase by phase: `make bench-ppo`. Alone, under torchrun, on CPUs or GPUs; no network.
 
-    python -m ppomax.tools.bench_ppo [--case NAME ...] [--iterations N] [--threads N] [--trl PYTHON]
+    python -m ppomax.tools.bench_ppo [--case [NAME ...]] [--iterations N] [--threads N] [--trl PYTHON] [--overhead]
         [--output FOLDER] [--profile FILE] [section.field=value ...]
 
 Each case is a run of the stage `ppo` on random models and prompts (bench_workload.py): what a user's run does, with its
 log. Beside it, in the same process and in turns, the matrix products alone (bench_products.py); with --trl the same
 iteration in TRL's trainer, in a process of its own, in turns too. Ratios are medians over neighbouring turns.
-The first turns of all are not counted. The report goes to docs/benchmarks/<date>-ppo-<device>/.
+The first turns of all are not counted. --overhead adds what a step costs beside its models (bench_overhead.py);
+`--case` without a name leaves out the cases. The report goes to docs/benchmarks/<date>-ppo-<device>/.
 """
 
 import argparse
@@ -28,16 +29,16 @@ from typing import Any
 import torch
 
 from ppomax.engine.config import RunConfig
-from ppomax.engine.config_file import load_config
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.train_ppo import iterations
+from ppomax.tools import bench_overhead
 from ppomax.tools.bench_kernels import ROOT, commit, device_name, folder_name
 from ppomax.tools.bench_peers import versions
-from ppomax.tools.bench_ppo_report import write_report
+from ppomax.tools.bench_ppo_report import Extra, write_report
 from ppomax.tools.bench_products import Products, passes
 from ppomax.tools.bench_rollout import LARGE, SMALL
 from ppomax.tools.bench_timing import synchronize
-from ppomax.tools.bench_workload import Workload, make_files
+from ppomax.tools.bench_workload import Workload, bench_config, shared_folder
 
 TINY = SMALL["1 M (quickstart)"]
 CASES = {
@@ -61,21 +62,28 @@ class Turn:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ppomax.tools.bench_ppo", description=__doc__)
-    parser.add_argument("--case", nargs="+", choices=[*CASES], help="default: exact and eos on a CPU, 1b on a GPU")
+    parser.add_argument("--case", nargs="*", choices=[*CASES], help="default: exact and eos on a CPU, 1b on a GPU")
     parser.add_argument("--iterations", type=int, default=7, help="turns that are counted (default 7)")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU (default 2)")
     parser.add_argument("--trl", metavar="PYTHON", help="of an environment with trl==1.12.0, to run beside")
+    parser.add_argument("--overhead", action="store_true", help="the engine's own time and host syncs, too")
     parser.add_argument("--output", type=Path, help="folder of the report")
     parser.add_argument("--profile", type=Path, help="write a torch profile of one more iteration of the last case")
     parser.add_argument("override", nargs="*", metavar="section.field=value")
     arguments = parser.parse_args(argv)
-    cases = arguments.case or (GPU_CASES if torch.cuda.is_available() else CPU_CASES)
+    usual = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+    cases = usual if arguments.case is None else arguments.case
     torch.set_num_threads(arguments.threads)
     results = []
     for name in cases:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = _shared_folder(Path(scratch))
+            folder = shared_folder(Path(scratch))
             results.append(run_case(name, CASES[name], folder, arguments))
+    extras = {}
+    if arguments.overhead:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = bench_overhead.overhead(CASES[usual[0]], Path(scratch), arguments)
+            extras["overhead"] = Extra(found, bench_overhead.table(found))
     if int(os.environ.get("RANK", "0")) == 0:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         environment = {
@@ -87,19 +95,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
         output = arguments.output or ROOT / "docs/benchmarks" / folder_name(environment).replace("-kernels-", "-ppo-")
-        write_report(output, results, environment)
-
-
-def _shared_folder(scratch: Path) -> Path:
-    """The same folder for all ranks of a host: named by the run of torchrun."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return scratch if run is None else Path(tempfile.gettempdir()) / f"bench_ppo_{run}_{os.environ['MASTER_PORT']}"
+        write_report(output, results, environment, extras)
 
 
 def run_case(name: str, work: Workload, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the turns of one case; a record for the report."""
     count = WARM_UP + arguments.iterations
-    config = _config(work, folder, [*arguments.override, f"train.steps={count + bool(arguments.profile)}"])
+    config = bench_config(work, folder, [*arguments.override, f"train.steps={count + bool(arguments.profile)}"])
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     products = ProductTimer(work, config) if is_alone and work.mean_new_tokens is None else None
     turns, steps = [], iterations(config)
@@ -120,24 +122,6 @@ def run_case(name: str, work: Workload, folder: Path, arguments: argparse.Namesp
     for _ in steps:  # to its end: it writes what a run leaves, and leaves the process group
         pass
     return record(name, work, turns[WARM_UP:], Path(config.train.output))
-
-
-def _config(work: Workload, folder: Path, overrides: Sequence[str]) -> RunConfig:
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        sections = make_files(work, folder)
-        sections["train"] = {"output": str(folder / "run"), "log_every": 10**9}
-        (folder / "bench.partial").write_text(_toml(sections))
-        (folder / "bench.partial").rename(folder / "bench.toml")
-    while not (folder / "bench.toml").exists():  # the first rank of the host makes it
-        time.sleep(0.1)
-    return load_config(str(folder / "bench.toml"), list(overrides), command="ppo")
-
-
-def _toml(sections: dict[str, dict[str, Any]]) -> str:
-    lines = []
-    for name, values in sections.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    return "\n".join(lines) + "\n"
 
 
 class ProductTimer:

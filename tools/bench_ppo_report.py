@@ -1,7 +1,8 @@
 """The report of bench_ppo.py: README.md, results.json and a picture of where the time goes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,20 @@ from matplotlib import pyplot
 COLUMNS = ("seconds", "share", "tokens_per_second", "mfu", "products_seconds")
 
 
-def write_report(folder: Path, results: Sequence[dict[str, Any]], environment: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Extra:
+    """What another tool measured: for results.json, and lines for README.md."""
+
+    record: dict[str, Any]
+    lines: list[str]
+
+
+def write_report(
+    folder: Path, results: Sequence[dict[str, Any]], environment: dict[str, Any], extras: Mapping[str, Extra]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+    content = {"environment": environment, "results": results, **{name: e.record for name, e in extras.items()}}
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     names = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     text = [
         f"# PPO iterations on {environment['device']}",
@@ -23,14 +35,16 @@ def write_report(folder: Path, results: Sequence[dict[str, Any]], environment: d
         f"`{environment['command']}`, commit {environment['commit']}, {environment['date']}, {environment['ranks']} "
         f"rank(s); {names}.",
         "",
-        "![where the time goes](phases.png)",
-        "",
     ]
+    if results:
+        text += ["![where the time goes](phases.png)", ""]
+        _picture(folder / "phases.png", results)
     for result in results:
         text += _case(result)
+    for extra in extras.values():
+        text += extra.lines
     (folder / "README.md").write_text("\n".join(text))
-    _picture(folder / "phases.png", results)
-    print(f"wrote {folder}/README.md, results.json and phases.png")
+    print(f"wrote {folder}/README.md and results.json")
 
 
 def _case(result: dict[str, Any]) -> list[str]:

@@ -5,6 +5,10 @@ Responses end by EOS with a chosen probability per token, the same for every eng
 
 import json
 import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from ppomax.engine.config import DataConfig
+from ppomax.engine.config import DataConfig, RunConfig
+from ppomax.engine.config_file import load_config
 from ppomax.engine.data.chat import Turn, make_template
 from ppomax.engine.data.tokenizer import load_tokenizer
 from ppomax.engine.models.hf_config import config_json
@@ -129,3 +134,28 @@ def _write_prompts(work: Workload, folder: Path) -> None:
     num_words = work.prompt_tokens - around
     rows = [{"prompt": text(num_words, b)} for b in range(4 * work.prompts)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def shared_folder(scratch: Path) -> Path:
+    """The same folder for all ranks of a host: named by the run of torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return scratch if run is None else Path(tempfile.gettempdir()) / f"bench_ppo_{run}_{os.environ['MASTER_PORT']}"
+
+
+def bench_config(work: Workload, folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The run of a workload, whose files it makes in a folder that all ranks of the host share."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        sections = make_files(work, folder)
+        sections["train"] = {"output": str(folder / "run"), "log_every": 10**9}
+        (folder / "bench.partial").write_text(_toml(sections))
+        (folder / "bench.partial").rename(folder / "bench.toml")
+    while not (folder / "bench.toml").exists():  # the first rank of the host makes it
+        time.sleep(0.1)
+    return load_config(str(folder / "bench.toml"), list(overrides), command="ppo")
+
+
+def _toml(sections: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for name, values in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"

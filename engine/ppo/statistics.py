@@ -77,7 +77,8 @@ def masked_quantiles(x: Tensor, mask: Tensor, points: Sequence[float]) -> Tensor
     x and mask of equal shape; at least one entry is kept.
     """
     ordered = torch.where(mask, x, float("inf")).flatten().sort().values
-    position = torch.tensor(points, dtype=torch.float64, device=x.device) * (mask.sum() - 1)
+    shares = torch.tensor(points, dtype=torch.float64).to(x.device, non_blocking=True)
+    position = shares * (mask.sum() - 1)
     low = position.floor()
     below, above = ordered[low.long()], ordered[position.ceil().long()]
     return torch.lerp(below, above, (position - low).to(x.dtype))

@@ -60,9 +60,13 @@ def test_products_are_those_of_the_iteration() -> None:
 @pytest.mark.slow
 def test_a_short_run_leaves_a_report(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ppomax.tools.bench_ppo", "--case", "exact", "--iterations", "1", "--threads", "1"]
-    subprocess.run([*command, "--output", str(tmp_path)], check=True, timeout=300)
-    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    subprocess.run([*command, "--overhead", "--output", str(tmp_path)], check=True, timeout=500)
+    content = json.loads((tmp_path / "results.json").read_text())
+    (result,) = content["results"]
     assert result["response_length"] == 48
     assert {"rollout", "scoring", "update", "other"} <= result["phases"].keys()
     assert result["seconds / products"] > 0.5
     assert (tmp_path / "phases.png").stat().st_size > 1000
+    assert content["overhead"]["syncs are constant"]
+    assert 0 < content["overhead"]["own / step, CPU time"] < 0.5
+    assert "## The engine's own time" in (tmp_path / "README.md").read_text()
