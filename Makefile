@@ -13,7 +13,7 @@ TYPES := build/types
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$name && break; done)
 
-.PHONY: help venv quickstart test test-all test-gpu test-vllm aot bench-kernels bench-rollout bench-ppo bench-peers lint format types wheel-check clean
+.PHONY: help venv quickstart reproduce test test-all test-gpu test-vllm aot bench-kernels bench-rollout bench-ppo bench-peers lint format types wheel-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ $(STAMP): requirements.txt pyproject.toml setup.py
 
 quickstart: venv ## all five stages on the embedded data; results in runs/quickstart
 	$(BIN)/ppomax quickstart
+
+reproduce: venv ## the paper's figures in small, vanilla PPO beside PPO-max; goes on where it was interrupted; report in runs/reproduce
+	$(BIN)/python -m ppomax.tools.reproduce runs/reproduce $(ARGS)
 
 test: venv ## the tests of every change
 	$(BIN)/python -m pytest
