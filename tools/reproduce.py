@@ -142,8 +142,8 @@ def _is_whole(job: Job, run: str, output: Path) -> bool:
 
 def _without_monitor(config: RunConfig) -> RunConfig:
     """The monitor changes no run: it only warns, and is replayed for the report. What it evaluates does."""
-    kept = {"eval_every": config.monitor.eval_every, "eval_size": config.monitor.eval_size}
-    return config.model_copy(update={"monitor": MonitorConfig(**kept)})
+    monitor = MonitorConfig(eval_every=config.monitor.eval_every, eval_size=config.monitor.eval_size)
+    return config.model_copy(update={"monitor": monitor})
 
 
 def run_all(wanted: Sequence[Job], output: Path, num_processes: int) -> None:
