@@ -22,5 +22,5 @@ FOLDERS = (
 setup(
     packages=["ppomax." + folder.replace("/", ".") for folder in FOLDERS],
     package_dir={"ppomax." + folder.replace("/", "."): folder for folder in FOLDERS},
-    package_data={"ppomax.kernels": ["*.c"], "ppomax.tools": ["report_assets/*"]},
+    package_data={"ppomax.kernels": ["*.c", "*.h"], "ppomax.tools": ["report_assets/*"]},
 )

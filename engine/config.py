@@ -78,8 +78,10 @@ class ModelConfig(Section):
     """Shape of a model that starts from random weights."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of parameters and activations. bf16 keeps fp32 main weights and reduces gradients in fp32."""
-    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
-    """Attention kernel. auto: flash-attn when importable, else torch's variable-length attention on CUDA, else SDPA."""
+    attention: Literal["auto", "flash_attn", "varlen", "c_kernel", "sdpa"] = "auto"
+    """Attention kernel. auto: flash-attn when importable, else torch's variable-length attention on CUDA, our C kernel
+    for fp32 on a CPU, else SDPA.
+    """
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: nothing, core attention only, or whole layers."""
 

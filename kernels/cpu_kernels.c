@@ -7,35 +7,19 @@
 #include <omp.h>
 #include <stdint.h>
 
+#include "cpu_vectors.h"
+
+// Waking a thread takes longer than what is below so many simple operations.
+#define LARGE (1 << 15)
+#define THREADS(operations) num_threads((operations) < LARGE ? 1 : threads)
+
 #define KEYS 64 // keys whose scores are held at a time; blocks count from the start of each context
 #define ROWS 64 // query rows (queries times heads) that a thread takes through the keys together
-#define INLINE static inline __attribute__((always_inline))
-
-// e^x within 2e-7 of it for x <= 88; NaN stays NaN, what is below -87 gives e^-87.
-INLINE float exp_(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float t = x * 1.44269504088896341f;
-  const float n = rintf(t);
-  const float f = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f; // ln 2 in two parts
-  float p = 1.0f / 5040;
-  p = p * f + 1.0f / 720;
-  p = p * f + 1.0f / 120;
-  p = p * f + 1.0f / 24;
-  p = p * f + 1.0f / 6;
-  p = p * f + 0.5f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  const union {
-    uint32_t i;
-    float f;
-  } power = {((uint32_t)(int32_t)n + 127) << 23};
-  return p * power.f;
-}
 
 // scales [rows] gets the factors of the rows, unless it is null.
 void rms_norm(const float *x, int64_t x_stride, const float *weight, float *y, float *scales, int64_t rows,
               int64_t size, float eps, int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for THREADS(rows * size)
   for (int64_t n = 0; n < rows; n++) {
     const float *in = x + n * x_stride;
     float *out = y + n * size, squares = 0;
@@ -55,7 +39,7 @@ void rms_norm(const float *x, int64_t x_stride, const float *weight, float *y, f
 // grad_x [rows, size] and the parts, which add up to the weight's gradient; see rms_norm_reference.backward.
 void rms_norm_backward(const float *grad, int64_t grad_stride, const float *x, int64_t x_stride, const float *weight,
                        const float *scales, float *grad_x, float *parts, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for THREADS(rows * size)
   for (int64_t block = 0; block < (rows + NORM_ROWS - 1) / NORM_ROWS; block++) {
     const int64_t begin = block * NORM_ROWS, end = begin + NORM_ROWS < rows ? begin + NORM_ROWS : rows;
     float *part = parts + block * size;
@@ -82,7 +66,7 @@ INLINE float sigmoid(float x) {
 }
 
 void swiglu(const float *gate_up, int64_t stride, float *y, int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for THREADS(4 * rows * size)
   for (int64_t n = 0; n < rows; n++) {
     const float *gate = gate_up + n * stride, *up = gate + size;
     float *out = y + n * size;
@@ -94,7 +78,7 @@ void swiglu(const float *gate_up, int64_t stride, float *y, int64_t rows, int64_
 // grad_gate_up [rows, 2 * size]; see swiglu_reference.backward.
 void swiglu_backward(const float *grad, int64_t grad_stride, const float *gate_up, int64_t stride, float *grad_gate_up,
                      int64_t rows, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for THREADS(4 * rows * size)
   for (int64_t n = 0; n < rows; n++) {
     const float *g = grad + n * grad_stride, *gate = gate_up + n * stride, *up = gate + size;
     float *out = grad_gate_up + n * 2 * size;
@@ -120,7 +104,7 @@ INLINE void rotate(const float *x, const float *cos, const float *sin, float *y,
 void rope(const float *x, int64_t token_stride, int64_t head_stride, const float *cos, int64_t cos_stride,
           const float *sin, int64_t sin_stride, float *y, int64_t tokens, int64_t heads, int64_t d, float sign,
           int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for THREADS(tokens * heads * d)
   for (int64_t n = 0; n < tokens; n++) {
     const float *c = cos + n * cos_stride, *s = sin + n * sin_stride;
     for (int64_t h = 0; h < heads; h++) {
@@ -141,7 +125,7 @@ void rope(const float *x, int64_t token_stride, int64_t head_stride, const float
 void rope_store(const float *mixed, const float *cos, const float *sin, float *query, float *key_pages,
                 float *value_pages, const int32_t *slots, int64_t tokens, int64_t groups, int64_t heads_per_group,
                 int64_t d, int threads) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for THREADS(tokens * groups * (heads_per_group + 2) * d)
   for (int64_t n = 0; n < tokens; n++) {
     const float *c = cos + n * (d / 2), *s = sin + n * (d / 2);
     for (int64_t g = 0; g < groups; g++) {
@@ -172,40 +156,6 @@ INLINE void find(const Pages *pages, const int32_t *table, int64_t start, int64_
   for (int64_t i = num; i < KEYS; i++) places[i] = places[num - 1];
 }
 
-// As many neighbouring numbers as a register holds: compilers make code many times slower of vectors that are wider.
-#if defined(__AVX512F__)
-#define LANES 16
-#define SHUFFLE_EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define SHUFFLE_ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-#define SHUFFLE_EVEN_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define SHUFFLE_ODD_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define SHUFFLE_EVEN_FOURS 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define SHUFFLE_ODD_FOURS 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define SHUFFLE_EVEN_EIGHTS 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define SHUFFLE_ODD_EIGHTS 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#elif defined(__AVX__)
-#define LANES 8
-#define SHUFFLE_EVEN 0, 8, 2, 10, 4, 12, 6, 14
-#define SHUFFLE_ODD 1, 9, 3, 11, 5, 13, 7, 15
-#define SHUFFLE_EVEN_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
-#define SHUFFLE_ODD_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
-#define SHUFFLE_EVEN_FOURS 0, 1, 2, 3, 8, 9, 10, 11
-#define SHUFFLE_ODD_FOURS 4, 5, 6, 7, 12, 13, 14, 15
-#else
-#define LANES 4
-#define SHUFFLE_EVEN 0, 4, 2, 6
-#define SHUFFLE_ODD 1, 5, 3, 7
-#define SHUFFLE_EVEN_PAIRS 0, 1, 4, 5
-#define SHUFFLE_ODD_PAIRS 2, 3, 6, 7
-#endif
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-#define LOAD(p) (*(const vec *)(p))
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
-#endif
 // Halves the number of vectors: sums of neighbours among those of x[2 i], x[2 i + 1].
 #define FOLD(x, num, even, odd)                                                                                        \
   for (int i = 0; i < (num) / 2; i++)                                                                                  \
@@ -318,7 +268,9 @@ void paged_attention(const float *query, const float *key_pages, const float *va
   const Pages pages = {key_pages, value_pages, page_size, page_stride, token_stride, group_stride};
   const int64_t all = groups * heads, whole = ROWS / heads * heads, width = all < whole ? all : whole;
   const int64_t queries = ROWS / width;
-#pragma omp parallel num_threads(threads)
+  int64_t scores = 0;
+  for (int64_t i = 0; i < requests; i++) scores += (cu_queries[i + 1] - cu_queries[i]) * context_lengths[i];
+#pragma omp parallel THREADS(scores * all * d / 4)
   {
     int64_t tile = omp_get_thread_num();
     const int64_t step = omp_get_num_threads();
@@ -372,8 +324,8 @@ INLINE float gumbel(uint32_t word) {
 
 #define BLOCKS 64 // of four token ids, whose noise is made at a time
 
-// noise[4 i + k] of token ids 4 (first + i) + k; Philox4x32-10, see philox.py.
-INLINE void gumbel_noise(uint64_t seed, uint64_t position, uint32_t first, float *noise) {
+// words[4 i + k] of token ids 4 (first + i) + k; Philox4x32-10, see philox.py.
+INLINE void random_words(uint64_t seed, uint64_t position, uint32_t first, uint32_t *words) {
 #pragma omp simd
   for (uint32_t i = 0; i < BLOCKS; i++) {
     uint32_t c0 = first + i, c1 = (uint32_t)position, c2 = (uint32_t)(position >> 32), c3 = 0;
@@ -384,9 +336,18 @@ INLINE void gumbel_noise(uint64_t seed, uint64_t position, uint32_t first, float
       c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)p0;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    noise[4 * i] = gumbel(c0), noise[4 * i + 1] = gumbel(c1);
-    noise[4 * i + 2] = gumbel(c2), noise[4 * i + 3] = gumbel(c3);
+    words[4 * i] = c0, words[4 * i + 1] = c1, words[4 * i + 2] = c2, words[4 * i + 3] = c3;
   }
+}
+
+// What gumbel(word) is below: -ln(-ln u) < -ln(1 - u), and 1 - u > 2^-k, where k leading bits of the word are 1.
+INLINE float noise_bound(uint32_t word) {
+  const int32_t rest = (int32_t)(~word >> 1);
+  const union {
+    float f;
+    int32_t i;
+  } bits = {(float)(rest | 1)};
+  return 0.6932f * (31 + 127 - (bits.i >> 23) + (rest < 2 ? 2 : 0));
 }
 
 // ln of the sum of e^x; -inf for nothing but -inf, NaN where there is a NaN or +inf.
@@ -406,23 +367,49 @@ INLINE double log_sum_exp(const float *x, int64_t size) {
   return total == 0 ? -INFINITY : peak + log(total);
 }
 
+// scores [rows, stride] of logits: sampling_reference.modified, bit for bit, with -inf from `columns` on. marks: null,
+// or flags of token ids, marks_stride apart: 1 penalised, 2 not drawn.
+void modify(const float *logits, const uint8_t *marks, int64_t marks_stride, float *scores, int64_t rows,
+            int64_t columns, int64_t stride, float penalty, float temperature, int threads) {
+#pragma omp parallel for THREADS(rows * columns)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *from = logits + r * stride;
+    float *to = scores + r * stride;
+    for (int64_t i = 0; i < columns; i++) {
+      const int mark = marks ? marks[r * marks_stride + i] : 0;
+      float score = from[i];
+      if (mark & 1) score = score < 0 ? score * penalty : score / penalty;
+      if (temperature > 0) score = score / temperature;
+      to[i] = score != score || mark & 2 ? -INFINITY : score;
+    }
+    for (int64_t i = columns; i < stride; i++) to[i] = -INFINITY;
+  }
+}
+
 // records [rows, 7]: see sampling_reference.sample. logits, scores [rows, columns] of token ids from first_id on;
 // noisy: scores get noise. NaN scores are not drawn.
 void sample(const float *logits, const float *scores, const int64_t *seeds, const int64_t *positions, double *records,
             int64_t rows, int64_t columns, int64_t stride, int64_t first_id, int64_t noisy, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) THREADS(4 * rows * columns)
   for (int64_t r = 0; r < rows; r++) {
     const float *x = scores + r * stride;
-    float noise[4 * BLOCKS];
+    uint32_t words[4 * BLOCKS];
+    float bounds[4 * BLOCKS];
     double best = -INFINITY, second = -INFINITY;
     int64_t token = 0;
     for (int64_t start = 0; start < columns;) {
       // A chunk ends where a block of token ids ends.
       const int64_t id = first_id + start, skipped = id % 4, left = columns - start;
       const int64_t size = left < 4 * BLOCKS - skipped ? left : 4 * BLOCKS - skipped;
-      if (noisy) gumbel_noise((uint64_t)seeds[r], (uint64_t)positions[r], (uint32_t)(id / 4), noise);
+      if (noisy) {
+        random_words((uint64_t)seeds[r], (uint64_t)positions[r], (uint32_t)(id / 4), words);
+#pragma omp simd
+        for (int64_t i = 0; i < 4 * BLOCKS; i++) bounds[i] = noise_bound(words[i]);
+      }
       for (int64_t i = 0; i < size; i++) {
-        const double score = noisy ? (double)x[start + i] + noise[skipped + i] : x[start + i];
+        // Few tokens could still win: only they need the logarithms.
+        if (noisy && !((double)x[start + i] + bounds[skipped + i] > second)) continue;
+        const double score = noisy ? (double)x[start + i] + gumbel(words[skipped + i]) : x[start + i];
         if (score > best) second = best, best = score, token = start + i;
         else if (score > second) second = score;
       }
@@ -485,7 +472,7 @@ INLINE void keep_prefix(float *scores, const int64_t *distances, int64_t size, i
 // top_p in units of 2^-31, 2^31 for all; space [threads, 2, columns].
 void filter_scores(float *scores, int64_t *space, int64_t rows, int64_t columns, int64_t stride, int64_t top_k,
                    int64_t part, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) THREADS(8 * rows * columns)
   for (int64_t r = 0; r < rows; r++) {
     float *x = scores + r * stride;
     int64_t *distances = space + omp_get_thread_num() * 2 * columns, *masses = distances + columns, closer, last;
@@ -519,11 +506,6 @@ void filter_scores(float *scores, int64_t *space, int64_t rows, int64_t columns,
 
 #define WIDE 32           // columns of a panel
 #define NARROW (2 * LANES) // of which so many are summed at a time
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define TALL 12 // rows that share a panel's numbers: 2 * TALL sums in 32 registers
-#else
-#define TALL 6 // in 16
-#endif
 
 // Some rows of y (+)= x panel, for NARROW columns of a panel [size, WIDE]; `next` is
 // what is wanted soon, of which `step` numbers are fetched for each k.
@@ -561,7 +543,7 @@ void product(const float *x, const float *panels, float *y, int64_t rows, int64_
   const int64_t tiles = (rows + TALL - 1) / TALL, num = (columns + WIDE - 1) / WIDE;
   // Each tile of rows fetches its part of the next panel, a multiple of 16 numbers (a cache line) for each k.
   const int64_t step = (WIDE / tiles + 15) / 16 * 16;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) THREADS(rows * size * columns / 8)
   for (int64_t p = 0; p < num; p++) {
     const float *panel = panels + p * size * WIDE, *behind = p + 1 < num ? panel + size * WIDE : panel;
     for (int64_t t = 0; t < tiles; t++) {
@@ -589,5 +571,40 @@ void product(const float *x, const float *panels, float *y, int64_t rows, int64_
         }
       }
     }
+  }
+}
+
+// Weights of a layer on this rank, matrices as panels; qkv_bias may be null.
+typedef struct {
+  const float *input_norm, *qkv, *qkv_bias, *projection, *mlp_norm, *gate_up, *down;
+} Layer;
+
+// hidden [tokens, size] through some layers, in place. key_pages, value_pages [layers, layer_stride]. space: for each
+// token normed [size], mixed [(heads + 2) groups d], query and attended [groups heads d], gate_up [2 wide] and active
+// [wide]. heads: of a group.
+void decode(float *hidden, const Layer *layers, int64_t num_layers, const float *cos, const float *sin,
+            float *key_pages, float *value_pages, int64_t layer_stride, const int32_t *slots,
+            const int32_t *page_tables, const int32_t *context_lengths, const int32_t *cu_queries, float *space,
+            int64_t tokens, int64_t size, int64_t requests, int64_t columns, int64_t groups, int64_t heads, int64_t d,
+            int64_t wide, int64_t page_size, float eps, int threads) {
+  const int64_t inner = groups * heads * d, mixes = groups * (heads + 2) * d, token = groups * d;
+  float *normed = space, *mixed = normed + tokens * size, *query = mixed + tokens * mixes;
+  float *attended = query + tokens * inner, *gate_up = attended + tokens * inner, *active = gate_up + 2 * tokens * wide;
+  for (int64_t i = 0; i < num_layers; i++) {
+    const Layer layer = layers[i];
+    float *keys = key_pages + i * layer_stride, *values = value_pages + i * layer_stride;
+    rms_norm(hidden, size, layer.input_norm, normed, 0, tokens, size, eps, threads);
+    product(normed, layer.qkv, mixed, tokens, size, mixes, 0, threads);
+    if (layer.qkv_bias)
+      for (int64_t n = 0; n < tokens; n++)
+        for (int64_t c = 0; c < mixes; c++) mixed[n * mixes + c] += layer.qkv_bias[c];
+    rope_store(mixed, cos, sin, query, keys, values, slots, tokens, groups, heads, d, threads);
+    paged_attention(query, keys, values, page_tables, context_lengths, cu_queries, attended, requests, columns, groups,
+                    heads, d, page_size, page_size * token, token, d, 1 / sqrtf(d), threads);
+    product(attended, layer.projection, hidden, tokens, inner, size, 1, threads);
+    rms_norm(hidden, size, layer.mlp_norm, normed, 0, tokens, size, eps, threads);
+    product(normed, layer.gate_up, gate_up, tokens, size, 2 * wide, 0, threads);
+    swiglu(gate_up, 2 * wide, active, tokens, wide, threads);
+    product(active, layer.down, hidden, tokens, wide, size, 1, threads);
   }
 }

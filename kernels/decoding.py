@@ -27,6 +27,8 @@ class DecodingOps(NamedTuple):
     names, for rows whose entries are neighbours.
 
     rope_store, paged_attention: as the operations of these names, without `scale`; slots are int32.
+
+    takes_whole_layers: decoding_c.decode does all of these in one call, for steps of few tokens.
     """
 
     matrix: Callable[[Tensor], Matrix]
@@ -36,6 +38,7 @@ class DecodingOps(NamedTuple):
     swiglu: Callable[[Tensor], Tensor]
     rope_store: Callable[..., Tensor]
     paged_attention: Callable[..., Tensor]
+    takes_whole_layers: bool = False
 
 
 FLASH_PAGE_SIZE = 256
@@ -64,6 +67,7 @@ def decoding_ops(weight: Tensor, *, head_dim: int, heads_per_group: int, page_si
             decoding_c.swiglu,
             decoding_c.rope_store,
             attention,
+            takes_whole_layers=fits,
         )
     norm, gate, rotation = (implementation(op, weight) for op in ("rms_norm", "swiglu", "rope_store"))
 

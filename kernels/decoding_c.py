@@ -2,6 +2,8 @@
 in any batch, with any page size and number of threads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,87 @@ class Panels:
         num_panels = -(-outputs // PANEL_COLUMNS)
         padded = torch.nn.functional.pad(weight, (0, 0, 0, num_panels * PANEL_COLUMNS - outputs))
         self.panels = padded.view(num_panels, PANEL_COLUMNS, inputs).transpose(1, 2).contiguous()
+
+
+class Layers:
+    """Some layers whose matrices are Panels, for `decode`: a table of addresses."""
+
+    def __init__(self, weights: Sequence[Sequence[Tensor | Panels | None]]) -> None:
+        """weights: of each layer input_norm, qkv, qkv_bias, projection, mlp_norm, gate_up, down; only the bias may be
+        unset.
+        """
+        self._weights = weights  # keeps them where they are
+        addresses = [[_address(weight) for weight in layer] for layer in weights]
+        self.table = torch.tensor(addresses, dtype=torch.int64)
+        gate_up = weights[0][5]
+        assert isinstance(gate_up, Panels)
+        self.ffn_size = gate_up.weight.shape[0] // 2
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _address(weight: Tensor | Panels | None) -> int:
+    if weight is None:
+        return 0
+    tensor = weight.panels if isinstance(weight, Panels) else weight
+    assert tensor.is_contiguous(), "the kernels read rows that follow each other"
+    return tensor.data_ptr()
+
+
+def can_decode(hidden: Tensor) -> bool:
+    """Whether `decode` is the fastest way for so many tokens."""
+    return len(hidden) <= MOST_ROWS
+
+
+def decode(
+    hidden: Tensor,
+    layers: Layers,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    page_tables: Tensor,
+    context_lengths: Tensor,
+    cu_queries: Tensor,
+    *,
+    heads_per_group: int,
+    eps: float,
+) -> None:
+    """hidden [N, H] through layers in place, in one call: the other operations of this file one after another.
+
+    keys, values [layers, pages, page_size, groups, d] contiguous. Every token belongs to one of the requests.
+    """
+    num_layers, _, page_size, groups, d = keys.shape
+    num_tokens, size = hidden.shape
+    inner = groups * heads_per_group * d
+    space = torch.empty(num_tokens, size + 3 * inner + 2 * groups * d + 3 * layers.ffn_size)
+    call(
+        "decode",
+        hidden,
+        layers.table,
+        num_layers,
+        cos,
+        sin,
+        keys,
+        values,
+        keys.stride(0),
+        slots,
+        page_tables,
+        context_lengths,
+        cu_queries,
+        space,
+        num_tokens,
+        size,
+        *page_tables.shape,
+        groups,
+        heads_per_group,
+        d,
+        layers.ffn_size,
+        page_size,
+        eps,
+    )
 
 
 def product(x: Tensor, weight: Panels) -> Tensor:

@@ -1,6 +1,6 @@
-"""Compiles cpu_kernels.c with the machine's C compiler when it is first needed, and calls its functions.
+"""Compiles the C kernels with the machine's C compiler when they are first needed, and calls their functions.
 
-The library is kept in a cache folder of the user's, named for the source, the compiler and the processor. Without a
+The library is kept in a cache folder of the user's, named for the sources, the compiler and the processor. Without a
 compiler nothing fails: dispatch.py then chooses the torch references.
 """
 
@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c"))
+HEADER = Path(__file__).with_name("cpu_vectors.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -41,9 +42,13 @@ SIGNATURES = {
     "rope": "piipipipiiif",
     "rope_store": "pppppppiiii",
     "paged_attention": "pppppppiiiiiiiiif",
+    "modify": "ppipiiiff",
     "sample": "pppppiiiii",
     "filter_scores": "ppiiiii",
     "product": "pppiiii",
+    "decode": "ppippppippppp" + "iiiiiiiiif",
+    "attention": "piipiipiipiipppiiif",
+    "attention_backward": "piipiipiipiipiippppppiiif",
 }
 """Arguments of each function but the last, the number of threads: p pointer, i int64, f float."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
@@ -70,7 +75,8 @@ def load() -> ctypes.CDLL | None:
         return None
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS)
-        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version.stdout, *map(str.encode, FLAGS), _processor()]))
+        sources = [path.read_bytes() for path in (*SOURCES, HEADER)]
+        key = hashlib.sha256(b"\0".join([*sources, version.stdout, *map(str.encode, FLAGS), _processor()]))
         folder = _cache_folder()
         if folder is None:
             with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +88,7 @@ def load() -> ctypes.CDLL | None:
         return _open(_compile(compiler, path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        warnings.warn(f"{SOURCE.name} cannot be compiled or loaded, generation is slower: {detail}", stacklevel=2)
+        warnings.warn(f"the C kernels cannot be compiled or loaded, work on the CPU is slower: {detail}", stacklevel=2)
         return None
 
 
@@ -91,6 +97,7 @@ def _open(path: Path) -> ctypes.CDLL:
     for name, signature in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [*(TYPES[letter] for letter in signature), ctypes.c_int], None
+    library.space_size.argtypes, library.space_size.restype = [ctypes.c_int64] * 2, ctypes.c_int64
     return library
 
 
@@ -117,10 +124,14 @@ def _cache_folder() -> Path | None:
 def _compile(compiler: str, path: Path) -> Path:
     """Compiles to `path`, which appears when it is complete: several processes may do so at once."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects, library = os.path.join(scratch, "k.o"), os.path.join(scratch, "k.so")
+        objects = [os.path.join(scratch, f"{source.stem}.o") for source in SOURCES]
+        library = os.path.join(scratch, "k.so")
         # OpenMP's functions are those that torch has loaded: linked once more, they would bring threads of their own.
-        compiled = [*FLAGS, "-fopenmp", "-fPIC", "-c", str(SOURCE), "-o", objects]
-        for arguments in (compiled, ["-shared", objects, "-o", library]):
+        compile_all = [
+            [*FLAGS, "-fopenmp", "-fPIC", "-c", str(source), "-o", object_]
+            for source, object_ in zip(SOURCES, objects, strict=True)
+        ]
+        for arguments in (*compile_all, ["-shared", *objects, "-o", library]):
             command = [compiler, *arguments]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
         os.replace(library, path)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ppomax.kernels.native import call
-from ppomax.kernels.sampling_reference import TOP_P_BITS, combined, filtered, modified, share_word
+from ppomax.kernels.sampling_reference import TOP_P_BITS, combined, filtered, share_word
 from ppomax.kernels.shards import first_column, group_size, num_real_columns
 
 
@@ -32,9 +32,11 @@ def sample(
     logits = scores = logits.float().contiguous()
     has_filters = temperature > 0 and (top_k > 0 or top_p < 1)
     if marks is not None or temperature not in (0, 1) or has_filters:
-        settings = {"temperature": temperature, "repetition_penalty": repetition_penalty}
-        scores = modified(logits, **settings, marks=marks, first=first)
-        scores[:, num_columns:] = -torch.inf
+        scores = torch.empty(logits.shape)
+        own_marks = None if marks is None else marks[:, first:]
+        flags = (0, 0) if own_marks is None else (own_marks, own_marks.stride(0))
+        sizes = (len(logits), num_columns, logits.shape[1])
+        call("modify", logits, *flags, scores, *sizes, repetition_penalty, temperature)
     if has_filters and group_size(tp_group) == 1:
         part = share_word(top_p) if top_p < 1 else 1 << TOP_P_BITS
         space = torch.empty(torch.get_num_threads(), 2, num_columns, dtype=torch.int64)

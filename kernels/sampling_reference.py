@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
 from ppomax.kernels.philox import token_uniforms
-from ppomax.kernels.shards import first_column, gather_shards, sum_shards
+from ppomax.kernels.shards import first_column, gather_shards, group_size, sum_shards
 
 SEEN, BANNED = 1, 2
 """Marks of a token: it is penalised; it is not drawn."""
@@ -109,16 +109,23 @@ def combined(
     record [R, 7] float64: best and second best score with noise; of the best one token id, logit and score; logsumexp
     of the logits and of the scores.
     """
-    best, second, tokens, logits, scores, log_total, score_log_total = gather_shards(record, tp_group).unbind(dim=2)
+    if group_size(tp_group) > 1:
+        record = _of_the_winner(gather_shards(record, tp_group))
+    best, second, tokens, logits, scores, log_total, score_log_total = record.unbind(dim=1)
+    logprobs = logits - log_total
+    sampling_logprobs = scores - score_log_total if temperature > 0 else torch.zeros_like(logprobs)
+    sampling_logprobs = torch.where(logprobs.isnan(), torch.nan, sampling_logprobs)
+    return tokens.long(), logprobs.float(), (best - second).float(), sampling_logprobs.float()
+
+
+def _of_the_winner(records: Tensor) -> Tensor:
+    """The record [R, 7] of the whole vocabulary, from those of the ranks [tp, R, 7]."""
+    best, second, *chosen, log_total, score_log_total = records.unbind(dim=2)
     winner = best.argmax(dim=0, keepdim=True)  # the lowest rank, so the lowest id, among equals
     rivals = best.scatter(0, winner, second.gather(0, winner)).amax(dim=0)
-    logprobs = logits.gather(0, winner)[0] - log_total.logsumexp(dim=0)
-    sampling_logprobs = scores.gather(0, winner)[0] - score_log_total.logsumexp(dim=0)
-    if temperature == 0:
-        sampling_logprobs = torch.zeros_like(logprobs)
-    sampling_logprobs = torch.where(logprobs.isnan(), torch.nan, sampling_logprobs)
-    margins = best.gather(0, winner)[0] - rivals
-    return tokens.gather(0, winner)[0].long(), logprobs.float(), margins.float(), sampling_logprobs.float()
+    token, logit, score = (x.gather(0, winner)[0] for x in chosen)
+    totals = log_total.logsumexp(dim=0), score_log_total.logsumexp(dim=0)
+    return torch.stack([best.gather(0, winner)[0], rivals, token, logit, score, *totals], dim=1)
 
 
 def filtered(scores: Tensor, *, top_k: int, top_p: float, tp_group: ProcessGroup | None = None) -> Tensor:

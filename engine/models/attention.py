@@ -22,6 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.shape import ModelShape
+from ppomax.kernels import packed_attention as c_kernel
 from ppomax.kernels.rope import rope
 
 
@@ -31,7 +32,7 @@ class PackedSequences:
 
     cu_seqlens [n + 1] int32: where each sequence starts, and N. max_seqlen: the longest one.
     cos, sin [N, head_dim / 2] float32: rotary factors of each token's position.
-    backend: attention kernel, one of "flash_attn", "varlen", "sdpa".
+    backend: attention kernel, one of "flash_attn", "varlen", "c_kernel", "sdpa".
     """
 
     cu_seqlens: Tensor
@@ -125,6 +126,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequ
         return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True)
     if pack.backend == "varlen":
         return _varlen(query, key, value, pack)
+    if pack.backend == "c_kernel":
+        return c_kernel.packed_attention(query, key, value, pack.cu_seqlens, pack.max_seqlen)
     return _padded_sdpa(query, key, value, pack)
 
 
@@ -166,11 +169,13 @@ def _padded_sdpa(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequence
     return output[sequence, torch.arange(num_tokens, device=query.device) - starts[sequence]]
 
 
-def choose_backend(requested: str, dtype: torch.dtype) -> str:
-    """The attention kernel for "auto": flash-attn when importable, torch's variable-length attention on CUDA, else
-    SDPA. Raises ConfigError for another that cannot run here.
+def choose_backend(requested: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The attention kernel for "auto": flash-attn when importable, torch's variable-length attention on CUDA, our C
+    kernel on a CPU, else SDPA. Raises ConfigError for another that cannot run here.
     """
     possible = ["sdpa"]
+    if not torch.cuda.is_available() and c_kernel.can_attend(torch.empty(0, dtype=dtype), head_dim):
+        possible.append("c_kernel")
     if torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16):
         modules = {"varlen": "torch.nn.attention.varlen", "flash_attn": "flash_attn"}
         possible += [name for name, module in modules.items() if importlib.util.find_spec(module) is not None]
@@ -178,7 +183,8 @@ def choose_backend(requested: str, dtype: torch.dtype) -> str:
         return possible[-1]
     if requested not in possible:
         raise ConfigError(
-            f"model.attention {requested!r} cannot run here, it needs CUDA, model.dtype=bf16 and its package; "
+            f"model.attention {requested!r} cannot run here: flash_attn and varlen need CUDA, model.dtype=bf16 and "
+            "their package, c_kernel a CPU, a C compiler, model.dtype=fp32 and heads of a multiple of 16; "
             f"expected auto or one of {', '.join(possible)}"
         )
     return requested

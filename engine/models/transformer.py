@@ -93,7 +93,7 @@ class PackedModel(GPTModel):
         # Whether `forward` sums the gradients of its result over tp, by a reduce-scatter. Scalar heads give every rank
         # the whole gradient.
         self.sums_hidden_grad = config.sequence_parallel and not self.has_scalar_head
-        self.backend = choose_backend(attention, config.params_dtype)
+        self.backend = choose_backend(attention, config.params_dtype, shape.head_dim)
         if shape.scalar and self.post_process:
             # Frees the vocabulary head that GPTModel made.
             self.output_layer = ScalarHead(shape.hidden_size, config)

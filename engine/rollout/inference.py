@@ -17,6 +17,7 @@ from ppomax.engine.models.attention import own_groups, rotary_factors
 from ppomax.engine.models.roles import Role
 from ppomax.engine.rollout.paged_cache import PagedStep
 from ppomax.kernels.decoding import DecodingOps, Matrix, decoding_ops
+from ppomax.kernels.decoding_c import Layers, can_decode
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class InferenceStage:
         self.ops = ops = decoding_ops(weight, **sizes)
         numbers = count()  # of the layers on this rank: their places in the cache
         self.chunks = [[(next(numbers), _layer(layer, ops)) for layer in chunk.decoder.layers] for chunk in role.chunks]
+        self._whole_layers = [self._together(layers) for layers in self.chunks]
         self.final_norm = last.decoder.final_layernorm.weight if last.post_process else None
         self.head = ops.matrix(last.vocabulary_weight().detach()) if last.post_process else None
         positions = torch.arange(max_length, device=role.device)
@@ -73,7 +75,12 @@ class InferenceStage:
         hidden = self._embed(tokens) if received is None else received
         cos, sin = self.cos[positions], self.sin[positions]
         ops, eps = self.ops, self.config.layernorm_epsilon
-        for number, layer in self.chunks[chunk]:
+        layers, together = self.chunks[chunk], self._whole_layers[chunk]
+        if together is not None and can_decode(hidden):
+            heads = self.config.num_attention_heads // self.config.num_query_groups
+            step.decode(hidden, together, layers[0][0], cos, sin, heads_per_group=heads, eps=eps)
+            layers = []
+        for number, layer in layers:
             normed = ops.rms_norm(hidden, layer.input_norm, eps)
             mixed = ops.product(normed, layer.qkv)
             if layer.qkv_bias is not None:
@@ -91,6 +98,14 @@ class InferenceStage:
         if rows is not None:
             hidden = hidden.index_select(0, rows)
         return ops.rms_norm(hidden, self.final_norm, eps)
+
+    def _together(self, layers: list[tuple[int, _Layer]]) -> Layers | None:
+        """A chunk's layers for one call; None where they need their operations one by one."""
+        if not self.ops.takes_whole_layers or self.tp.size() > 1 or not layers or layers[0][1].q_norm is not None:
+            return None
+        return Layers(
+            [(x.input_norm, x.qkv, x.qkv_bias, x.projection, x.mlp_norm, x.gate_up, x.down) for _, x in layers]
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V/tp] float32 of hidden [R, H], last stage: bfloat16 logits would be off by up to 0.4 %."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppomax.engine.models.transformer import PackedModel
 from ppomax.kernels.decoding import DecodingOps
+from ppomax.kernels.decoding_c import Layers, decode
 
 
 class PagedCache:
@@ -74,3 +75,19 @@ class PagedStep:
             max_query=self.max_query,
             max_context=self.max_context,
         ).flatten(1)
+
+    def decode(
+        self,
+        hidden: Tensor,
+        layers: Layers,
+        first: int,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        heads_per_group: int,
+        eps: float,
+    ) -> None:
+        """hidden [N, H] through layers, of which the first has this number, in place and in one call."""
+        keys, values = (x[first : first + len(layers)] for x in (self.cache.keys, self.cache.values))
+        seen = self.page_tables, self.context_lengths, self.cu_queries
+        decode(hidden, layers, cos, sin, keys, values, self.slots, *seen, heads_per_group=heads_per_group, eps=eps)

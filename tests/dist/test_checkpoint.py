@@ -139,8 +139,7 @@ def step_2(output: Path) -> Path:
     [
         "tp2",
         "dp2",
-        "critic_first",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2_tied", "pp2_vpp2_tied")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("critic_first", "pp2_tied", "pp2_vpp2_tied")),
     ],
 )
 def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, layout: str) -> None:
@@ -158,10 +157,10 @@ def test_a_resumed_ppo_run_is_bitwise_the_run_without_a_stop(straight, resume, l
     [
         ("tp2", "pp2"),
         ("dp2", "tp2_pp2"),
-        ("critic_first", "tp2_pp2"),
         *(
             pytest.param(*layouts, marks=pytest.mark.slow)
             for layouts in (
+                ("critic_first", "tp2_pp2"),
                 ("tp2", "dp2"),
                 ("dp2", "one_process"),
                 ("pp2_tied", "tp2_tied"),
@@ -185,7 +184,9 @@ def test_another_layout_can_go_on_from_a_checkpoint(straight, resume, saved: str
         assert (trained[name] - weight).norm() <= 1e-5 * weight.norm()
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "critic"])
+@pytest.mark.parametrize(
+    "stage", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "critic"))]
+)
 def test_other_stages_resume_bitwise_from_their_newest_checkpoint(
     on_ranks: OnRanks, tiny: Any, tmp_path: Path, stage: str
 ) -> None:

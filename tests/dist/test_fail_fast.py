@@ -107,9 +107,10 @@ SECONDS_OF_TORCHRUN = 30.0
 HANGS = list(itertools.product(PHASES, ("sleep", "stop"), (0, 1)))
 
 
+@pytest.mark.slow  # the quick ones are in test_watchdog.py
 @pytest.mark.parametrize(
     ("phase", "kind", "rank"),
-    [pytest.param(*case, marks=() if case == ("rollout", "sleep", 1) else pytest.mark.slow) for case in HANGS],
+    HANGS,
 )
 def test_a_rank_that_hangs_is_named_and_ends_with_all_others(
     tiny: Any, tmp_path: Path, phase: str, kind: str, rank: int

@@ -96,7 +96,15 @@ def state_after(output: Path, step: int) -> dict[str, Any]:
     return json.loads((output / f"checkpoints/step_{step:08d}/state.json").read_text())["state"]
 
 
-@pytest.mark.parametrize(("mode", "layout"), [("drop", "dp2"), ("carry", "dp2"), ("carry", "tp2_pp2"), ("few", "dp4")])
+@pytest.mark.parametrize(
+    ("mode", "layout"),
+    [
+        ("drop", "dp2"),
+        pytest.param("carry", "dp2", marks=pytest.mark.slow),
+        ("carry", "tp2_pp2"),
+        pytest.param("few", "dp4", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_taken_and_left_is_the_same_for_every_layout(run: Runner, mode: str, layout: str) -> None:
     (output, rollouts), (expected_output, expected) = run(mode, layout), run(mode, "one_process")
     for ours, theirs in zip(rollouts, expected, strict=True):
@@ -154,7 +162,7 @@ def test_only_what_was_carried_differs_from_the_weights_of_the_iteration(run: Ru
             assert metrics[0]["sampler_mismatch_max"] < 1e-4 < max(r["sampler_mismatch_max"] for r in metrics)
 
 
-@pytest.mark.parametrize("layout", ["one_process", "dp2"])
+@pytest.mark.parametrize("layout", [pytest.param("one_process", marks=pytest.mark.slow), "dp2"])
 def test_a_resumed_run_goes_on_bitwise_with_what_was_carried(run: Runner, layout: str) -> None:
     expected, rollouts = run("carry", layout)
     assert state_after(expected, 2)["carried"]

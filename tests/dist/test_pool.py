@@ -50,6 +50,7 @@ def test_the_first_error_is_raised_with_its_traceback(on_ranks: OnRanks) -> None
     assert on_ranks(4, sum_of_ranks, 1) == [(4, 6)] * 4
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_is_killed_and_the_next_one_runs(on_ranks: OnRanks) -> None:
     with pytest.raises(TimeoutError, match=r"ranks \[1\] did not finish"):
         on_ranks(2, hang_on, 1, timeout=3)

@@ -68,12 +68,12 @@ CASES = {
     "dp2": Case(2),
     "tp2_sequence_parallel": Case(2, {"tp": 2, "sequence_parallel": True}),
     "pp2_tied": Case(2, {"pp": 2}, tied=True),
-    "pp2_dp2_tied": Case(4, {"pp": 2}, tied=True),
     "pp2_vpp2": Case(2, {"pp": 2, "vpp": 2}, tokens_per_microbatch=70),
-    "pp2_uneven_tied": Case(2, {"pp": 2, "first_stage_layers": 1}, tied=True),
     "small_microbatches": Case(1, tokens_per_microbatch=70),
 }
 SLOW_CASES = {
+    "pp2_dp2_tied": Case(4, {"pp": 2}, tied=True),
+    "pp2_uneven_tied": Case(2, {"pp": 2, "first_stage_layers": 1}, tied=True),
     "tp2": Case(2, {"tp": 2}),
     "pp2_vpp2_uneven_tied": Case(2, {"pp": 2, "vpp": 2, "first_stage_layers": 2}, tied=True, num_layers=6),
     "pp2_vpp2_both_uneven": Case(2, {"pp": 2, "vpp": 2, "first_stage_layers": 4, "last_stage_layers": 2}, num_layers=6),
@@ -427,7 +427,9 @@ SPLIT_VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", SPLIT_VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=() if name == "full_kl" else pytest.mark.slow) for name in SPLIT_VARIANTS]
+)
 def test_variants_of_ppo_work_with_roles_on_ranks_of_their_own(run: Runner, tiny: Any, variant: str) -> None:
     held_out = {"data": {"eval": tiny.path("prompts.jsonl")}, "monitor": {"eval_size": 3}}
     overrides = SPLIT_VARIANTS[variant] | held_out
@@ -476,7 +478,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "recompute": {"model": {"recompute": "full"}},
     "recompute_selective": {"model": {"recompute": "selective"}},
 }
-SLOW_VARIANTS = {"recompute_selective"}
+SLOW_VARIANTS = {"recompute_selective", "entropy_target", "importance_sampling"}
 
 
 @pytest.mark.parametrize(
@@ -488,7 +490,14 @@ def test_variants_of_ppo_give_the_numbers_of_one_process(run: Runner, variant: s
     print(variant, assert_same_run(found, expected))
 
 
-@pytest.mark.parametrize("case", [Case(1), CASES["dp2"], MIXED], ids=["one_process", "dp2", "mixed"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(1), marks=pytest.mark.slow, id="one_process"),
+        pytest.param(CASES["dp2"], marks=pytest.mark.slow, id="dp2"),
+        pytest.param(MIXED, id="mixed"),
+    ],
+)
 def test_scoring_while_others_are_sampled_gives_the_numbers_of_scoring_afterwards(run: Runner, case: Case) -> None:
     found, expected = run("ppo", case, ppo=EARLY), run("ppo", case)
     assert min(record["scored_early"] for record in found.metrics) > 0.2

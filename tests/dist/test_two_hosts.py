@@ -132,6 +132,7 @@ def test_a_run_that_loses_a_host_goes_on_exactly(
         assert all(torch.equal(ours[weight], theirs[weight]) for weight in theirs)
 
 
+@pytest.mark.slow
 def test_the_doctor_sees_two_hosts_and_a_cut_cable(hosts: Any, tmp_path: Path) -> None:
     """The hosts have one name, which stands for loopback: gloo gets the interface that leads to the other one."""
     processes, logs = start_both(hosts, tmp_path, ["doctor", "--json"], "doctor")

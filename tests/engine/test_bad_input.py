@@ -227,6 +227,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None
     return report
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_nan_names_step_and_last_good_checkpoint_which_goes_on(
     arguments: Stage,
     losses: Callable[[dict[int, float]], None],

@@ -73,8 +73,8 @@ def poison_gradient(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str, floa
 @pytest.mark.parametrize(
     ("stage", "role", "value", "dtype", "joint"),
     [
-        ("sft", "policy", math.nan, "bf16", True),
-        ("reward", "reward", math.inf, "fp32", True),
+        pytest.param("sft", "policy", math.nan, "bf16", True, marks=pytest.mark.slow),
+        pytest.param("reward", "reward", math.inf, "fp32", True, marks=pytest.mark.slow),
         ("ppo", "critic", math.nan, "fp32", True),
         pytest.param("ppo", "critic", math.inf, "bf16", False, marks=pytest.mark.slow),
         pytest.param("ppo", "policy", -math.inf, "fp32", False, marks=pytest.mark.slow),

@@ -1,5 +1,7 @@
 """Generation in one process, compared with transformers and with forward passes that have no cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -14,8 +16,12 @@ from ppomax.engine.parallel.device import start
 from ppomax.engine.parallel.groups import make_groups
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.ppo.types import Rollout
+from ppomax.engine.rollout import paged_cache
 from ppomax.engine.rollout.generate import _free_memory, generate, request_seeds
+from ppomax.engine.rollout.inference import InferenceStage
 from ppomax.engine.rollout.scheduler import Scheduler
+from ppomax.kernels import native
+from ppomax.kernels.decoding_c import decode
 from ppomax.kernels.sampling import sample_with_margins
 
 PAD, NO_EOS = 0, -1
@@ -391,3 +397,25 @@ def test_memory_that_torch_keeps_is_free_for_the_cache(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 75)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
     assert _free_memory(torch.device("cuda")) == 46
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layers_in_one_call_give_the_bits_of_one_operation_after_another(
+    role: Role, prompts: list[list[int]], has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPOMAX_KERNELS", "cpu")
+    if native.load() is None:
+        pytest.skip(reason="there is no C compiler")
+    shape = replace(SHAPE, qkv_bias=has_bias)
+    role = make_role("policy", shape, random_reader(shape, CONFIG), CONFIG, role.groups, source="random")
+    if has_bias:
+        for layer in role.chunks[0].decoder.layers:
+            torch.nn.init.normal_(layer.self_attention.linear_qkv.bias, generator=torch.Generator().manual_seed(3))
+    calls = []
+    monkeypatch.setattr(paged_cache, "decode", lambda *given, **more: (calls.append(1), decode(*given, **more)))
+    together = respond(role, prompts, PAPER)
+    assert calls
+    monkeypatch.setattr(InferenceStage, "_together", lambda *_: None)
+    one_by_one = respond(role, prompts, PAPER)
+    assert together.tokens.equal(one_by_one.tokens)
+    assert together.sampling_logprobs.equal(one_by_one.sampling_logprobs)

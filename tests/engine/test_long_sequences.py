@@ -106,6 +106,7 @@ def loss_by_transformers(lengths: list[int]) -> float:
     return total / sum(length - 1 for length in lengths)
 
 
+@pytest.mark.slow
 def test_8k_tokens_train_with_recomputation_and_packing_in_linear_memory() -> None:
     lengths = [8192, *SHORT]
     found, plain = train(lengths, "full"), train(lengths, "none")

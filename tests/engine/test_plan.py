@@ -356,6 +356,7 @@ def test_roles_on_ranks_of_their_own_work_at_the_same_time(
     assert plan.seconds == pytest.approx(seconds["policy", "rollout"] + of_roles(scoring) + of_roles(update))
 
 
+@pytest.mark.slow
 def test_the_search_splits_the_roles_of_a_large_cluster_where_that_is_faster() -> None:
     def replan(config: RunConfig, world_size: int) -> Plan:
         return make_plan(config, "ppo", world_size, gpu=H100)
@@ -386,6 +387,7 @@ def test_no_layout_of_70b_fits_one_node_of_40_gb() -> None:
     assert search(plan, gpu, replan) == []
 
 
+@pytest.mark.slow
 def test_the_search_offloads_where_nothing_fits_without() -> None:
     def replan(config: RunConfig, world_size: int) -> Plan:
         return make_plan(config, "ppo", world_size, gpu=small)
@@ -400,6 +402,7 @@ def test_the_search_offloads_where_nothing_fits_without() -> None:
         assert replan(config, 8).worst.total == one.plan.worst.total <= 33e9
 
 
+@pytest.mark.slow
 def test_split_layouts_that_do_not_fit_keep_no_colocated_one_from_being_found() -> None:
     def replan(config: RunConfig, world_size: int) -> Plan:
         return make_plan(config, "ppo", world_size, gpu=H100, model=MODELS["llama-70b"])

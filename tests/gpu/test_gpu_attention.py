@@ -75,6 +75,6 @@ def test_output_and_gradients_are_those_of_attention_written_out(
 
 
 def test_bf16_takes_the_fastest_kernel_and_fp32_the_exact_one(device: torch.device) -> None:
-    assert choose_backend("auto", torch.float32) == "sdpa"
+    assert choose_backend("auto", torch.float32, HEAD_DIM) == "sdpa"
     fast = "flash_attn" if has("flash_attn") else "varlen" if has("torch.nn.attention.varlen") else "sdpa"
-    assert choose_backend("auto", torch.bfloat16) == fast
+    assert choose_backend("auto", torch.bfloat16, HEAD_DIM) == fast
