@@ -29,12 +29,14 @@ class Trace:
 
 @contextlib.contextmanager
 def span(trace: Trace | None, name: str, *, is_here: bool = True) -> Iterator[None]:
-    """The body is an event of the trace, if there is one and the work is done on this rank.
+    """The body is an event of the trace, if there is one and the work is done on this rank; and a named range where
+    torch's profiler looks on.
 
     On a GPU it then waits for the device, so that the span has the work and not its launch.
     """
     start = time.time_ns()
-    yield
+    with torch.profiler.record_function(name):
+        yield
     if trace is not None and is_here:
         if torch.cuda.is_available():
             torch.cuda.synchronize()

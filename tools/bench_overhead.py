@@ -84,6 +84,7 @@ class ModelClock:
     phases: dict[str, Span] = field(default_factory=lambda: defaultdict(Span))
     calls: dict[tuple[str, str], Span] = field(default_factory=lambda: defaultdict(Span))
     num_passes: Counter[str] = field(default_factory=Counter)
+    now: Callable[[], Span] = Span.now
     _phase: str = "other"
     _is_inside: bool = False
 
@@ -94,10 +95,10 @@ class ModelClock:
 
         @contextlib.contextmanager
         def phase(phase_clock: PhaseClock, name: str) -> Iterator[None]:
-            start, clock._phase = Span.now(), name
+            start, clock._phase = clock.now(), name
             with phase_of(phase_clock, name):
                 yield
-            clock.phases[name] += Span.now() - start
+            clock.phases[name] += clock.now() - start
             clock._phase = "other"
 
         with contextlib.ExitStack() as stack:
@@ -111,11 +112,11 @@ class ModelClock:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._is_inside:  # recomputation in a backward pass
                 return function(*args, **kwargs)
-            self._is_inside, start = True, Span.now()
+            self._is_inside, start = True, self.now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.calls[self._phase, kind] += Span.now() - start
+                self.calls[self._phase, kind] += self.now() - start
                 self.num_passes[self._phase] += kind == "forward"
                 self._is_inside = False
 
@@ -124,31 +125,31 @@ class ModelClock:
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration. own: of all, by phase, without the calls of models; calls: by phase and kind."""
+    """One iteration. phases: with "other"; calls: of models, by phase and kind."""
 
     whole: Span
-    own: dict[str, Span]
+    phases: dict[str, Span]
     calls: dict[tuple[str, str], Span]
     num_passes: Counter[str]
 
+    def own(self, phase: str) -> Span:
+        """The engine's own part of a phase."""
+        return self.phases[phase] - sum((span for (name, _), span in self.calls.items() if name == phase), Span())
+
     @property
-    def own_sum(self) -> Span:
-        return sum(self.own.values(), Span())
+    def all_own(self) -> Span:
+        return sum(map(self.own, self.phases), Span())
 
 
-def watched_step(steps: Iterator[int]) -> Step:
-    """Makes one iteration."""
-    clock = ModelClock()
+def watched_step(steps: Iterator[int], now: Callable[[], Span] = Span.now) -> Step:
+    """Makes one iteration. now: the clocks."""
+    clock = ModelClock(now=now)
     with clock.installed():
-        start = Span.now()
+        start = now()
         next(steps)
-        whole = Span.now() - start
+        whole = now() - start
     phases = {**clock.phases, "other": whole - sum(clock.phases.values(), Span())}
-    own = {
-        phase: span - sum((part for (name, _), part in clock.calls.items() if name == phase), Span())
-        for phase, span in phases.items()
-    }
-    return Step(whole, own, dict(clock.calls), clock.num_passes)
+    return Step(whole, phases, dict(clock.calls), clock.num_passes)
 
 
 @dataclass(frozen=True)
@@ -198,21 +199,21 @@ def overhead(work: Workload, folder: Path, arguments: argparse.Namespace) -> dic
                 "scoring_passes": run.steps[0].num_passes["scoring"],
                 "update_passes": run.steps[0].num_passes["update"],
                 "seconds": run.best(lambda step: step.whole.wall),
-                "own_seconds": run.best(lambda step: step.own_sum.wall),
-                "own_cpu_seconds": run.best(lambda step: step.own_sum.cpu),
+                "own_seconds": run.best(lambda step: step.all_own.wall),
+                "own_cpu_seconds": run.best(lambda step: step.all_own.cpu),
                 "syncs": sum(run.syncs.values()),
             }
         )
         print(rows[-1], flush=True)
     first = runs[0]
     step = {"seconds": whole.best(lambda s: s.whole.wall), "cpu_seconds": whole.best(lambda s: s.whole.cpu)}
-    own = {"seconds": first.best(lambda s: s.own_sum.wall), "cpu_seconds": first.best(lambda s: s.own_sum.cpu)}
+    own = {"seconds": first.best(lambda s: s.all_own.wall), "cpu_seconds": first.best(lambda s: s.all_own.cpu)}
     return {
         "step": step,
         "own": own,
         "own / step": own["seconds"] / step["seconds"],
         "own / step, CPU time": own["cpu_seconds"] / step["cpu_seconds"],
-        "own by phase": {phase: first.best(_own(phase)) for phase in first.steps[0].own},
+        "own by phase": {phase: first.best(_own(phase)) for phase in first.steps[0].phases},
         "model calls": {
             f"{phase}: {kind}": {
                 "almost empty": first.best(_calls(phase, kind)),
@@ -232,7 +233,7 @@ def overhead(work: Workload, folder: Path, arguments: argparse.Namespace) -> dic
 
 
 def _own(phase: str) -> Callable[[Step], float]:
-    return lambda step: step.own[phase].cpu
+    return lambda step: step.own(phase).cpu
 
 
 def _calls(phase: str, kind: str) -> Callable[[Step], float]:
@@ -243,8 +244,7 @@ def _slope(runs: Sequence[Measured], phase: str, *, is_own: bool) -> float:
     """CPU seconds that one more micro-batch of a phase takes: the line of least squares through the runs."""
 
     def cost(step: Step) -> float:
-        calls = (span for (name, _), span in step.calls.items() if name == phase and not is_own)
-        return (step.own[phase] + sum(calls, Span())).cpu
+        return (step.own(phase) if is_own else step.phases[phase]).cpu
 
     numbers = [run.steps[0].num_passes[phase] for run in runs]
     return statistics.linear_regression(numbers, [run.best(cost) for run in runs]).slope

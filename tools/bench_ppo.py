@@ -1,13 +1,14 @@
 """Times whole PPO iterations, phase by phase: `make bench-ppo`. Alone, under torchrun, on CPUs or GPUs; no network.
 
-    python -m ppomax.tools.bench_ppo [--case [NAME ...]] [--iterations N] [--threads N] [--trl PYTHON] [--overhead]
-        [--output FOLDER] [--profile FILE] [section.field=value ...]
+    python -m ppomax.tools.bench_ppo [--case [NAME ...]] [--iterations N] [--threads N] [--trl PYTHON]
+        [--overhead] [--slopes] [--output FOLDER] [--profile FILE] [section.field=value ...]
 
 Each case is a run of the stage `ppo` on random models and prompts (bench_workload.py): what a user's run does, with its
 log. Beside it, in the same process and in turns, the matrix products alone (bench_products.py); with --trl the same
 iteration in TRL's trainer, in a process of its own, in turns too. Ratios are medians over neighbouring turns.
-The first turns of all are not counted. --overhead adds what a step costs beside its models (bench_overhead.py);
-`--case` without a name leaves out the cases. The report goes to docs/benchmarks/<date>-ppo-<device>/.
+The first turns of all are not counted. --overhead adds what a step costs beside its models (bench_overhead.py) and
+--slopes how its time grows (bench_slopes.py); `--case` without a name leaves out the cases. The report goes to
+docs/benchmarks/<date>-ppo-<device>/.
 """
 
 import argparse
@@ -31,13 +32,14 @@ import torch
 from ppomax.engine.config import RunConfig
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.train_ppo import iterations
-from ppomax.tools import bench_overhead
+from ppomax.tools import bench_overhead, bench_slopes
 from ppomax.tools.bench_kernels import ROOT, commit, device_name, folder_name
+from ppomax.tools.bench_parts import Parts, by_iteration, least, part_rows, read_trace, seconds_of_parts
 from ppomax.tools.bench_peers import versions
 from ppomax.tools.bench_ppo_report import Extra, write_report
 from ppomax.tools.bench_products import Products, passes
 from ppomax.tools.bench_rollout import LARGE, SMALL
-from ppomax.tools.bench_timing import synchronize
+from ppomax.tools.bench_timing import Ceilings, ceilings, synchronize
 from ppomax.tools.bench_workload import Workload, bench_config, shared_folder
 
 TINY = SMALL["1 M (quickstart)"]
@@ -49,6 +51,7 @@ CASES = {
 """exact: responses of 48 tokens. eos: responses that end by chance, after a quarter of their limit in the mean."""
 CPU_CASES, GPU_CASES = ("exact", "eos"), ("1b",)
 WARM_UP = 2
+CEILING_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of a CPU (default 2)")
     parser.add_argument("--trl", metavar="PYTHON", help="of an environment with trl==1.12.0, to run beside")
     parser.add_argument("--overhead", action="store_true", help="the engine's own time and host syncs, too")
+    parser.add_argument("--slopes", action="store_true", help="growth with prompts, length and layers, too")
     parser.add_argument("--output", type=Path, help="folder of the report")
     parser.add_argument("--profile", type=Path, help="write a torch profile of one more iteration of the last case")
     parser.add_argument("override", nargs="*", metavar="section.field=value")
@@ -80,10 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = shared_folder(Path(scratch))
             results.append(run_case(name, CASES[name], folder, arguments))
     extras = {}
-    if arguments.overhead:
-        with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.overhead:
             found = bench_overhead.overhead(CASES[usual[0]], Path(scratch), arguments)
             extras["overhead"] = Extra(found, bench_overhead.table(found))
+        if arguments.slopes:
+            found = bench_slopes.slopes(CASES[usual[0]], Path(scratch) / "slopes", arguments)
+            extras["slopes"] = Extra(found, bench_slopes.table(found))
     if int(os.environ.get("RANK", "0")) == 0:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         environment = {
@@ -101,11 +108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_case(name: str, work: Workload, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the turns of one case; a record for the report."""
     count = WARM_UP + arguments.iterations
-    config = bench_config(work, folder, [*arguments.override, f"train.steps={count + bool(arguments.profile)}"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limits = ceilings(device, seconds=CEILING_SECONDS)
+    own = ["monitor.trace=true", f"train.steps={count + bool(arguments.profile)}"]
+    config, parts = bench_config(work, folder, [*arguments.override, *own]), Parts()
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     products = ProductTimer(work, config) if is_alone and work.mean_new_tokens is None else None
     turns, steps = [], iterations(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(parts.installed())
         trl = Trl(arguments.trl, work, folder, arguments.threads) if arguments.trl and is_alone else None
         if trl is not None:
             stack.callback(trl.close)
@@ -118,10 +129,14 @@ def run_case(name: str, work: Workload, folder: Path, arguments: argparse.Namesp
     if arguments.profile:
         with torch.profiler.profile() as profile:
             next(steps)
-        profile.export_chrome_trace(str(arguments.profile))
+        rank = os.environ.get("RANK", "")
+        profile.export_chrome_trace(str(arguments.profile.with_stem(arguments.profile.stem + rank)))
     for _ in steps:  # to its end: it writes what a run leaves, and leaves the process group
         pass
-    return record(name, work, turns[WARM_UP:], Path(config.train.output))
+    if int(os.environ.get("RANK", "0")) > 0:
+        return {}
+    result = record(name, work, turns[WARM_UP:], Path(config.train.output))
+    return result | details(work, config, parts, limits, result)
 
 
 class ProductTimer:
@@ -201,6 +216,7 @@ def record(name: str, work: Workload, turns: Sequence[Turn], run: Path) -> dict[
         "seconds": seconds,
         "tokens_per_second": work.prompts * (work.prompt_tokens + sampled) / seconds,
         "response_length": sampled,
+        "longest_response": statistics.mean(line["response_length_max"] for line in metrics),
         "phases": phases,
     }
     for key in ("gpu_peak_gib", "host_rss_gib"):
@@ -212,6 +228,29 @@ def record(name: str, work: Workload, turns: Sequence[Turn], run: Path) -> dict[
         result["trl_seconds"] = statistics.median(t.trl or 0.0 for t in turns)
         result["trl / ours"] = statistics.median((t.trl or 0.0) / t.seconds for t in turns)
     return result
+
+
+def details(
+    work: Workload, config: RunConfig, parts: Parts, limits: Ceilings, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Parts of the iterations against the roofline, padding, and when each rank did what in the last one."""
+    run, ranks = Path(config.train.output), int(os.environ.get("WORLD_SIZE", "1"))
+    timing = _lines(run / "timing.jsonl")
+    counted = slice(WARM_UP, WARM_UP + result["iterations"])
+    traces = [by_iteration(read_trace(path)) for path in sorted((run / "traces").glob("rank_*.json"))]
+    own = by_iteration([*(event for events in traces[0] for event in events), *parts.events])[counted]
+    each = [seconds_of_parts(events, line) for events, line in zip(own, timing[counted], strict=True)]
+    seconds = {name: statistics.median(one.get(name, 0.0) for one in each) for name in each[-1]}
+    needed = least(work, config, result["response_length"], result["longest_response"])
+    last = [own[-1], *(events[counted][-1] for events in traces[1:])]
+    return {
+        "ceilings": dataclasses.asdict(limits),
+        "parts": part_rows(seconds, needed, limits, ranks, result["seconds"]),
+        "padding_of_packs": 1 - parts.real_tokens / parts.packed_tokens,
+        "padding_of_a_padded_batch": 1
+        - (work.prompt_tokens + result["response_length"]) / (work.prompt_tokens + result["longest_response"]),
+        "timeline": [[dataclasses.asdict(event) for event in events] for events in last],
+    }
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

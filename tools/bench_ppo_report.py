@@ -11,6 +11,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from ppomax.tools.bench_parts import part_table
+
+NUMBERS = (
+    *("seconds", "tokens_per_second", "seconds / products", "trl_seconds", "trl / ours", "gpu_peak_gib"),
+    *("host_rss_gib", "padding_of_packs", "padding_of_a_padded_batch"),
+)
 COLUMNS = ("seconds", "share", "tokens_per_second", "mfu", "products_seconds")
 
 
@@ -37,8 +43,18 @@ def write_report(
         "",
     ]
     if results:
-        text += ["![where the time goes](phases.png)", ""]
+        limits = results[0]["ceilings"]
+        text += [
+            f"Ceilings, measured before ({limits['what']}): {limits['bytes_per_second'] / 1e9:.3g} GB/s, "
+            f"{limits['flops_per_second'] / 1e12:.3g} TFLOP/s.",
+            "",
+            "![where the time goes](phases.png)",
+            "",
+            "![who does what when](timeline.png)",
+            "",
+        ]
         _picture(folder / "phases.png", results)
+        _timeline(folder / "timeline.png", results)
     for result in results:
         text += _case(result)
     for extra in extras.values():
@@ -60,14 +76,20 @@ def _case(result: dict[str, Any]) -> list[str]:
         "iterations.",
         "",
     ]
-    for key in ("seconds", "tokens_per_second", "seconds / products", "trl_seconds", "trl / ours", "gpu_peak_gib"):
+    for key in NUMBERS:
         if key in result:
             text.append(f"* {key.replace('_', ' ')}: {result[key]:.3g}")
     text += ["", f"| phase | {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |", f"|{'---|' * 6}"]
     for phase, values in result["phases"].items():
         cells = (f"{values[name]:.3g}" if name in values else "" for name in COLUMNS)
         text.append(f"| {phase} | {' | '.join(cells)} |")
-    return [*text, ""]
+    text += [
+        "",
+        "Parts, of rank 0; rates of one rank. Least: operations or bytes that the part cannot do without, at the "
+        "ceilings above; numbers that stay in a CPU's caches can be faster.",
+        "",
+    ]
+    return [*text, *part_table(result["parts"]), ""]
 
 
 def _picture(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -86,5 +108,27 @@ def _picture(path: Path, results: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds of an iteration (thin: the matrix products alone)")
     axes.legend(ncols=len(phases), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _timeline(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """The last iteration of each case: a row per rank, and what it worked on."""
+    rows = [(result["case"], rank) for result in results for rank in range(len(result["timeline"]))]
+    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.6 * len(rows)))
+    palette = pyplot.get_cmap("tab20")
+    colours: dict[str, Any] = {}
+    for row, (case, rank) in enumerate(rows):
+        timelines = next(result["timeline"] for result in results if result["case"] == case)
+        begin = min(event["start"] for events in timelines for event in events)
+        for event in timelines[rank]:
+            colour = colours.setdefault(event["name"], palette(len(colours) % palette.N))
+            height = 0.7 if event["name"] == "rollout" else 0.45  # its steps lie in it
+            axes.barh(row, event["end"] - event["start"], height, left=event["start"] - begin, color=colour)
+    axes.set_yticks(range(len(rows)), [f"{case}, rank {rank}" for case, rank in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds of the last iteration")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    axes.legend(handles, list(colours), ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

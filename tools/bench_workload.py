@@ -151,6 +151,11 @@ def bench_config(work: Workload, folder: Path, overrides: Sequence[str]) -> RunC
         (folder / "bench.partial").rename(folder / "bench.toml")
     while not (folder / "bench.toml").exists():  # the first rank of the host makes it
         time.sleep(0.1)
+    return load_bench_config(folder, overrides)
+
+
+def load_bench_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """As bench_config, which has made the files."""
     return load_config(str(folder / "bench.toml"), list(overrides), command="ppo")
 
 

@@ -66,6 +66,15 @@ def test_a_short_run_leaves_a_report(tmp_path: Path) -> None:
     assert result["response_length"] == 48
     assert {"rollout", "scoring", "update", "other"} <= result["phases"].keys()
     assert result["seconds / products"] > 0.5
+    assert {"prefill", "decoding", "reward scores", "policy gradients", "optimizer", "iteration"} <= result[
+        "parts"
+    ].keys()
+    assert sum(part["share"] for name, part in result["parts"].items() if name != "iteration") == pytest.approx(
+        1, abs=0.1
+    )
+    assert result["padding_of_packs"] == 0
+    assert result["ceilings"]["flops_per_second"] > 1e8
+    assert (tmp_path / "timeline.png").stat().st_size > 1000
     assert (tmp_path / "phases.png").stat().st_size > 1000
     assert content["overhead"]["syncs are constant"]
     assert 0 < content["overhead"]["own / step, CPU time"] < 0.5
