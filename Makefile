@@ -67,8 +67,8 @@ bench-rollout: venv ## time generation: beside transformers on a CPU, against th
 bench-ppo: venv ## time whole PPO iterations phase by phase, on one GPU or the CPU, beside their matrix products; ARGS="--case 1b"
 	$(BIN)/python -m ppomax.tools.bench_ppo $(ARGS)
 
-bench-peers: venv $(TRL_STAMP) ## the same work in TRL's PPO trainer, in turns with ours (in an environment of its own, .venv-trl)
-	$(BIN)/python -m ppomax.tools.bench_ppo --trl .venv-trl/bin/python $(ARGS)
+bench-peers: venv $(TRL_STAMP) ## what a user would pick instead, beside ours: TRL's PPO (in .venv-trl), transformers' generate, eager and compiled losses
+	$(BIN)/python -m ppomax.tools.bench_beside --trl .venv-trl/bin/python $(ARGS)
 
 $(TRL_STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it: make bench-peers PYTHON=..." >&2; exit 2; }
