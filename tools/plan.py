@@ -83,7 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         "[model.init]",
     )
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the run")
-    parser.add_argument("--gpu", required=True, metavar="NAME", help=", ".join(GPUS))
+    parser.add_argument(
+        "--gpu",
+        required=True,
+        metavar="NAME",
+        help=f"{', '.join(GPUS)}; or a file rates.json of measured rates, by ppomax.tools.measure_rates",
+    )
     parser.add_argument("--stage", choices=STAGES, default="ppo", help="default: ppo")
     parser.add_argument("--model", metavar="NAME", help=f"shape of every role: {', '.join(MODELS)}")
     parser.add_argument("--search", action="store_true", help="propose the layouts that fit, fastest first")

@@ -1,12 +1,15 @@
-"""GPUs to plan for: public data-sheet figures, and how much of them a run is expected to reach.
+"""GPUs to plan for: public data-sheet figures or measured rates, and how much of them a run is expected to reach.
 
 Memory is the data sheet's gigabytes taken as 10^9 bytes. Devices report 2 to 7 % more; that difference is left to the
 CUDA context, NCCL's buffers and what the allocator cannot use.
 """
 
 import difflib
+import json
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from ppomax.engine.errors import ConfigError
 
@@ -17,7 +20,10 @@ class Gpu:
 
     memory: bytes. flops: dense bf16 operations a second. bandwidth: of its memory, bytes a second. link: to the GPUs of
     its node, bytes a second in one direction. network: its share of what leaves the node, bytes a second in one
-    direction. per_node: GPUs of a node.
+    direction. host: to and from the memory of its host, bytes a second in one direction. per_node: GPUs of a node.
+    Seconds: collective_seconds to start a collective inside a node, hop_seconds from one member of a ring to the next,
+    layer_seconds for the host to launch the operators of one layer, forward (some 25 of them), decode_layer_seconds for
+    the kernels of one layer of a recorded decoding step, however few tokens they work on.
     """
 
     name: str
@@ -28,6 +34,10 @@ class Gpu:
     network: float
     host: float
     per_node: int = 8
+    collective_seconds: float = 15e-6
+    hop_seconds: float = 5e-6
+    layer_seconds: float = 2e-4
+    decode_layer_seconds: float = 2e-5
 
 
 # NVIDIA's data sheets: dense bf16 is half of the rate "with sparsity", a link's direction half of its "total
@@ -55,26 +65,41 @@ MEMORY_EFFICIENCY = 0.8
 """Of the memory's bandwidth, in decoding and in the optimizer."""
 LINK_EFFICIENCY = 0.7
 """Of links and network, in collectives of large messages."""
-COLLECTIVE_SECONDS = 15e-6
-"""Start of one collective inside a node."""
-HOP_SECONDS = 5e-6
-"""From one member of a ring to the next."""
-HOST_SECONDS = 2e-4
-"""The host launches the operators of one layer, forward: some 25 of them."""
-DECODE_LAYER_SECONDS = 2e-5
-"""The kernels of one layer of a recorded decoding step, however few tokens they work on."""
 STORAGE_BYTES = 2e9
 """Bytes a second that a node reads from or writes to its storage."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name, in any case; raises ConfigError that names the nearest one."""
+    """The GPU of a name, in any case, or the measured rates of a file NAME.json; raises ConfigError that names the
+    nearest one, or what is wrong with the file.
+    """
+    if name.endswith(".json"):
+        return read_rates(Path(name))
     gpu = GPUS.get(name.lower())
     if gpu is None:
         guess = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.3)
         hint = f"did you mean {guess[0]}? " if guess else ""
         raise ConfigError(f"--gpu {name!r}: no figures for it; {hint}Known: {', '.join(GPUS)}")
     return gpu
+
+
+def read_rates(path: Path) -> Gpu:
+    """Rates as tools/measure_rates.py writes them: an object with every field of `Gpu`. Raises ConfigError."""
+    hint = "`python -m ppomax.tools.measure_rates` writes such a file"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--gpu {path}: no JSON file of rates ({error}); {hint}") from error
+    names = {field.name for field in fields(Gpu)}
+    if not isinstance(values, dict) or values.keys() != names:
+        raise ConfigError(f"--gpu {path}: expected an object with exactly {', '.join(sorted(names))}; {hint}")
+    for name in sorted(names - {"name"}):
+        value = values[name]
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ConfigError(f"--gpu {path}: {name} is {value!r}; expected a positive number; {hint}")
+    if type(values["per_node"]) is not int:
+        raise ConfigError(f"--gpu {path}: per_node is {values['per_node']}; expected a whole number; {hint}")
+    return Gpu(**{**values, "name": str(values["name"])})
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:

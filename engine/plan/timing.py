@@ -9,11 +9,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.parallel.layout import ParallelLayout
 from ppomax.engine.plan.gpus import (
-    COLLECTIVE_SECONDS,
     COMPUTE_EFFICIENCY,
-    DECODE_LAYER_SECONDS,
-    HOP_SECONDS,
-    HOST_SECONDS,
     LINK_EFFICIENCY,
     MEMORY_EFFICIENCY,
     STORAGE_BYTES,
@@ -87,7 +83,7 @@ def rollout_cost(role: PlannedRole, config: RunConfig, workload: Workload, gpu: 
     cached = 2 * itemsize * layers * groups * shape.head_dim * context * in_flight
     memory = gpu.bandwidth * MEMORY_EFFICIENCY
     flops = in_flight * forward_flops(shape, context) / model_ranks
-    stage = max((weights + cached) / memory, flops / speed, layers * DECODE_LAYER_SECONDS) + head / memory
+    stage = max((weights + cached) / memory, flops / speed, layers * gpu.decode_layer_seconds) + head / memory
     message = itemsize * in_flight * shape.hidden_size
     sums = _all_reduce(message, layout.tp, gpu, _tp_link(layout, gpu)).times(2 * layers)
     hop = _send(message, layout, gpu)
@@ -167,7 +163,7 @@ def _passes(
     flops = passes * packs.tokens * forward_flops(shape, length) / shape.num_layers
     if backward and config.model.recompute == "selective":
         flops += packs.tokens * 2 * shape.num_heads * shape.head_dim * length
-    layer = Cost(max(flops / layout.tp / speed, passes * HOST_SECONDS)) + sums
+    layer = Cost(max(flops / layout.tp / speed, passes * gpu.layer_seconds)) + sums
     head_flops = (6 if backward else 2) * packs.tokens * rows / length * vocabulary_matrix(shape, layout.tp)
     stages = []
     for stage in range(layout.pp):
@@ -188,7 +184,7 @@ def _step(role: PlannedRole, config: RunConfig, gpu: Gpu) -> Cost:
         return Cost(seconds)
     sent = (4 + itemsize) * numel * (layout.dp - 1) / layout.dp
     link = _dp_link(layout, gpu) * LINK_EFFICIENCY
-    latency = 2 * layout.vpp * (COLLECTIVE_SECONDS + (layout.dp - 1) * HOP_SECONDS)
+    latency = 2 * layout.vpp * (gpu.collective_seconds + (layout.dp - 1) * gpu.hop_seconds)
     return Cost(seconds + sent / link + latency, dp=sent)
 
 
@@ -197,7 +193,7 @@ def _all_reduce(size: float, ranks: int, gpu: Gpu, link: float) -> Cost:
     if ranks == 1:
         return Cost()
     sent = 2 * size * (ranks - 1) / ranks
-    return Cost(COLLECTIVE_SECONDS + sent / (link * LINK_EFFICIENCY), tp=sent)
+    return Cost(gpu.collective_seconds + sent / (link * LINK_EFFICIENCY), tp=sent)
 
 
 def _send(size: float, layout: ParallelLayout, gpu: Gpu) -> Cost:
@@ -205,7 +201,7 @@ def _send(size: float, layout: ParallelLayout, gpu: Gpu) -> Cost:
     if layout.pp == 1:
         return Cost()
     link = gpu.link if layout.tp * layout.pp <= gpu.per_node else gpu.network
-    return Cost(COLLECTIVE_SECONDS + size / (link * LINK_EFFICIENCY), pp=size)
+    return Cost(gpu.collective_seconds + size / (link * LINK_EFFICIENCY), pp=size)
 
 
 def _tp_link(layout: ParallelLayout, gpu: Gpu) -> float:

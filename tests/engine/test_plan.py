@@ -2,10 +2,11 @@
 
 import importlib.util
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +426,39 @@ def test_a_gpu_is_found_in_any_case_or_the_nearest_named(given: str, meant: str 
         return
     with pytest.raises(ConfigError, match=f"did you mean {meant}"):
         find_gpu(given)
+
+
+def test_measured_rates_stand_for_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    rates = replace(H100, name="measured", flops=H100.flops / 2, layer_seconds=3e-3)
+    path.write_text(json.dumps(asdict(rates)))
+    assert find_gpu(str(path)) == rates
+    config = planned().config
+    assert make_plan(config, "ppo", 8, gpu=rates).seconds > make_plan(config, "ppo", 8, gpu=H100).seconds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flops": "fast"}, "flops is 'fast'; expected a positive number"),
+        ({"link": 0}, "link is 0; expected a positive number"),
+        ({"host": float("nan")}, "host is nan; expected a positive number"),
+        ({"per_node": 2.5}, "per_node is 2.5; expected a whole number"),
+        ({"flop": 1}, "exactly"),
+    ],
+)
+def test_rates_that_are_none_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(asdict(H100) | change))
+    with pytest.raises(ConfigError, match=message):
+        find_gpu(str(path))
+
+
+def test_a_file_of_rates_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text("[1")
+    for name in ("rates.json", "missing.json"):
+        with pytest.raises(ConfigError, match=name):
+            find_gpu(str(tmp_path / name))
 
 
 def test_published_sizes_add_up_to_the_names() -> None:
