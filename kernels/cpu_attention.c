@@ -46,39 +46,48 @@ INLINE void multiply(const float *a, int64_t a_row, int64_t a_k, const float *b,
       block(a + r * a_row, a_row, a_k, b + at, b_k, c + r * c_row + at, c_row, size, adds, 1);
 }
 
-// One of query, key, value or their gradients: tokens lie `token` apart, heads or groups `head`, numbers side by side.
+// Queries, keys and values before rotation, or their gradients: tokens lie `token` apart, groups `group`; a group has the
+// vectors of its query heads, then its key and its value.
 typedef struct {
   float *data;
-  int64_t token, head;
-} Heads;
+  int64_t token, group;
+} Mixed;
 
-INLINE float *at(Heads x, int64_t token, int64_t head) { return x.data + token * x.token + head * x.head; }
+INLINE float *at(Mixed x, int64_t token, int64_t group, int64_t vector, int64_t d) {
+  return x.data + token * x.token + group * x.group + vector * d;
+}
 
-// to [d][stride]: `tokens` vectors of x as columns. Up to `stride` the last row of sums may read what is behind them: 0.
-static void transpose(Heads x, int64_t start, int64_t head, int64_t tokens, float *to, int64_t stride, int64_t d) {
-  for (int64_t first = 0; first < stride; first += TILE) { // a tile's columns stay in the nearest cache
-    const int64_t end = least(first + TILE, tokens);
-    for (int64_t i = 0; i < d; i++)
-      for (int64_t t = end > first ? end : first; t < first + TILE; t++) to[i * stride + t] = 0;
-    for (int64_t t = first; t < end; t++) {
-      const float *from = at(x, start + t, head);
-      for (int64_t i = 0; i < d; i++) to[i * stride + t] = from[i];
-    }
+// [N][d / 2]
+typedef struct {
+  const float *cos, *sin;
+} Angles;
+
+// to = factor times x rotated by the angles of a token, or, with sign -1, back.
+INLINE void rotate(const float *x, Angles angles, int64_t token, float factor, float sign, float *to, const int64_t d) {
+  const int64_t half = d / 2;
+  const float *cos = angles.cos + token * half, *sin = angles.sin + token * half;
+#pragma omp simd
+  for (int64_t i = 0; i < half; i++) {
+    const float a = x[i] * factor, b = x[half + i] * factor, c = cos[i], s = sign * sin[i];
+    to[i] = a * c - b * s;
+    to[half + i] = b * c + a * s;
   }
 }
 
-// to [TILE][d]: vectors of x times a factor, then 0.
-INLINE void load_tile(Heads x, int64_t start, int64_t head, int64_t tokens, float factor, float *to, int64_t d) {
-  for (int64_t t = 0; t < tokens; t++) {
-    const float *from = at(x, start + t, head);
-    for (int64_t i = 0; i < d; i++) to[t * d + i] = from[i] * factor;
+// to [d][stride]: `tokens` vectors [d] as columns, then columns of 0.
+static void transpose(const float *from, int64_t distance, int64_t tokens, float *to, int64_t stride, int64_t d) {
+  for (int64_t first = 0; first < stride; first += TILE) { // a tile's columns stay in the nearest cache
+    const int64_t end = least(first + TILE, tokens);
+    for (int64_t t = first; t < end; t++)
+      for (int64_t i = 0; i < d; i++) to[i * stride + t] = from[t * distance + i];
+    for (int64_t i = 0; i < d; i++)
+      for (int64_t t = end; t < first + TILE; t++) to[i * stride + t] = 0;
   }
-  memset(to + tokens * d, 0, (TILE - tokens) * d * sizeof(float));
 }
 
 // What a thread works in: parts of `space`, which has space_size(longest, d) numbers.
 typedef struct {
-  float *keys, *values;           // [d][stride]: of a sequence, transposed
+  float *rows, *keys, *values;    // keys [stride][d], the same [d][stride], values [d][stride]
   float *grad_keys, *grad_values; // [stride][d]
   float *query, *grad, *result;   // [TILE][d]
   float *weights, *grads;         // [TILE][TILE]
@@ -86,24 +95,54 @@ typedef struct {
 
 static Space parts_of(float *space, int64_t longest, int64_t d) {
   const int64_t whole = round_up(longest, TILE) * d, tile = TILE * d;
-  float *tiles = space + 4 * whole, *squares = tiles + 3 * tile;
-  return (Space){space, space + whole, space + 2 * whole, space + 3 * whole, tiles, tiles + tile, tiles + 2 * tile,
-                 squares, squares + TILE * TILE};
+  float *tiles = space + 5 * whole, *squares = tiles + 3 * tile;
+  return (Space){space, space + whole, space + 2 * whole, space + 3 * whole, space + 4 * whole,
+                 tiles, tiles + tile, tiles + 2 * tile, squares, squares + TILE * TILE};
 }
 
-int64_t space_size(int64_t longest, int64_t d) { return (4 * round_up(longest, TILE) + 3 * TILE) * d + 2 * TILE * TILE; }
+int64_t space_size(int64_t longest, int64_t d) { return (5 * round_up(longest, TILE) + 3 * TILE) * d + 2 * TILE * TILE; }
 
-static void forward(Heads query, Heads value, Heads output, float *totals, int64_t heads, int64_t start, int64_t length,
-                    int64_t head, int64_t group, float scale, Space space, int64_t stride, const int64_t d) {
-  for (int64_t i = 0; i < length; i += TILE) {
-    const int64_t num = least(TILE, length - i);
+// One sequence and group.
+typedef struct {
+  int64_t start, length, stride, group, per_group, heads; // stride: length rounded up to TILE
+  float scale;
+  Angles angles;
+} Task;
+
+INLINE Task task_of(int64_t number, const int32_t *cu_seqlens, int64_t groups, int64_t per_group, int64_t d,
+                    Angles angles) {
+  const int64_t start = cu_seqlens[number / groups], length = cu_seqlens[number / groups + 1] - start;
+  return (Task){start, length, round_up(length, TILE), number % groups, per_group, groups * per_group, 1 / sqrtf(d),
+                angles};
+}
+
+// The rotated keys of a task.
+INLINE void load_keys(Task task, Mixed mixed, Space space, const int64_t d) {
+  for (int64_t t = 0; t < task.length; t++)
+    rotate(at(mixed, task.start + t, task.group, task.per_group, d), task.angles, task.start + t, 1, 1,
+           space.rows + t * d, d);
+  transpose(space.rows, d, task.length, space.keys, task.stride, d);
+}
+
+// The rotated queries of a tile times the scale, then 0.
+INLINE void load_queries(Task task, Mixed mixed, int64_t head, int64_t first, int64_t num, Space space, const int64_t d) {
+  for (int64_t t = first; t < first + num; t++)
+    rotate(at(mixed, task.start + t, task.group, head, d), task.angles, task.start + t, task.scale, 1,
+           space.query + (t - first) * d, d);
+  memset(space.query + num * d, 0, (TILE - num) * d * sizeof(float));
+}
+
+static void forward(Task task, Mixed mixed, float *output, float *totals, int64_t head, Space space, const int64_t d) {
+  const int64_t column = task.group * task.per_group + head;
+  for (int64_t i = 0; i < task.length; i += TILE) {
+    const int64_t num = least(TILE, task.length - i);
     float peaks[TILE], sums[TILE];
     for (int64_t r = 0; r < num; r++) peaks[r] = -INFINITY, sums[r] = 0;
-    load_tile(query, start + i, head, num, scale, space.query, d);
+    load_queries(task, mixed, head, i, num, space, d);
     memset(space.result, 0, TILE * d * sizeof(float));
     for (int64_t k = 0; k < i + num; k += TILE) {
       const int64_t keys = least(TILE, i + num - k);
-      multiply(space.query, d, 1, space.keys + k, stride, space.weights, TILE, num, d, round_up(keys, LANES), 0);
+      multiply(space.query, d, 1, space.keys + k, task.stride, space.weights, TILE, num, d, round_up(keys, LANES), 0);
       for (int64_t r = 0; r < num; r++) {
         const int64_t seen = least(keys, i + r + 1 - k);
         float *row = space.weights + r * TILE, *out = space.result + r * d, peak = peaks[r], total = 0;
@@ -122,40 +161,45 @@ static void forward(Heads query, Heads value, Heads output, float *totals, int64
         }
         peaks[r] = peak, sums[r] += total;
       }
-      multiply(space.weights, TILE, 1, at(value, start + k, group), value.token, space.result, d, num, keys, d, 1);
+      multiply(space.weights, TILE, 1, at(mixed, task.start + k, task.group, task.per_group + 1, d), mixed.token,
+               space.result, d, num, keys, d, 1);
     }
     for (int64_t r = 0; r < num; r++) {
-      float *out = at(output, start + i + r, head);
-      for (int64_t c = 0; c < d; c++) out[c] = space.result[r * d + c] / sums[r];
-      totals[(start + i + r) * heads + head] = peaks[r] + logf(sums[r]);
+      const int64_t row = (task.start + i + r) * task.heads + column;
+      for (int64_t c = 0; c < d; c++) output[row * d + c] = space.result[r * d + c] / sums[r];
+      totals[row] = peaks[r] + logf(sums[r]);
     }
   }
 }
 
-// Gradients of one head; those of keys and values are added to `space`.
-static void backward(Heads query, Heads key, Heads output, Heads grad, Heads grad_query, const float *totals,
-                     int64_t heads, int64_t start, int64_t length, int64_t head, int64_t group, float scale,
-                     Space space, int64_t stride, const int64_t d) {
-  for (int64_t i = 0; i < length; i += TILE) {
-    const int64_t num = least(TILE, length - i);
+// Gradients of one head; those of rotated keys and of values are added to `space`.
+static void backward(Task task, Mixed mixed, const float *output, const float *totals, const float *grad,
+                     Mixed grad_mixed, int64_t head, Space space, const int64_t d) {
+  const int64_t column = task.group * task.per_group + head;
+  for (int64_t i = 0; i < task.length; i += TILE) {
+    const int64_t num = least(TILE, task.length - i);
     float means[TILE]; // of a query's weights' gradients
-    load_tile(query, start + i, head, num, scale, space.query, d);
-    load_tile(grad, start + i, head, num, 1, space.grad, d);
+    load_queries(task, mixed, head, i, num, space, d);
+    memset(space.grad + num * d, 0, (TILE - num) * d * sizeof(float));
     memset(space.result, 0, TILE * d * sizeof(float));
     for (int64_t r = 0; r < num; r++) {
-      const float *out = at(output, start + i + r, head), *from = space.grad + r * d;
-      float mean = 0;
+      const int64_t row = (task.start + i + r) * task.heads + column;
+      const float *out = output + row * d, *from = grad + row * d;
+      float mean = 0, *to = space.grad + r * d;
 #pragma omp simd reduction(+ : mean)
-      for (int64_t c = 0; c < d; c++) mean += out[c] * from[c];
+      for (int64_t c = 0; c < d; c++) {
+        to[c] = from[c];
+        mean += out[c] * from[c];
+      }
       means[r] = mean;
     }
     for (int64_t k = 0; k < i + num; k += TILE) {
       const int64_t keys = least(TILE, i + num - k), columns = round_up(keys, LANES);
-      multiply(space.query, d, 1, space.keys + k, stride, space.weights, TILE, num, d, columns, 0);
-      multiply(space.grad, d, 1, space.values + k, stride, space.grads, TILE, num, d, columns, 0);
+      multiply(space.query, d, 1, space.keys + k, task.stride, space.weights, TILE, num, d, columns, 0);
+      multiply(space.grad, d, 1, space.values + k, task.stride, space.grads, TILE, num, d, columns, 0);
       for (int64_t r = 0; r < num; r++) {
         const int64_t seen = least(keys, i + r + 1 - k);
-        const float total = totals[(start + i + r) * heads + head], mean = means[r];
+        const float total = totals[(task.start + i + r) * task.heads + column], mean = means[r];
         float *weights = space.weights + r * TILE, *grads = space.grads + r * TILE;
 #pragma omp simd
         for (int64_t t = 0; t < seen; t++) {
@@ -166,12 +210,33 @@ static void backward(Heads query, Heads key, Heads output, Heads grad, Heads gra
       }
       multiply(space.weights, 1, TILE, space.grad, d, space.grad_values + k * d, d, keys, num, d, 1);
       multiply(space.grads, 1, TILE, space.query, d, space.grad_keys + k * d, d, keys, num, d, 1);
-      multiply(space.grads, TILE, 1, at(key, start + k, group), key.token, space.result, d, num, keys, d, 1);
+      multiply(space.grads, TILE, 1, space.rows + k * d, d, space.result, d, num, keys, d, 1);
     }
-    for (int64_t r = 0; r < num; r++) {
-      float *to = at(grad_query, start + i + r, head);
-      for (int64_t c = 0; c < d; c++) to[c] = space.result[r * d + c] * scale;
-    }
+    for (int64_t t = i; t < i + num; t++)
+      rotate(space.result + (t - i) * d, task.angles, task.start + t, task.scale, -1,
+             at(grad_mixed, task.start + t, task.group, head, d), d);
+  }
+}
+
+INLINE void forward_task(Task task, Mixed mixed, float *output, float *totals, Space space, const int64_t d) {
+  load_keys(task, mixed, space, d);
+  for (int64_t head = 0; head < task.per_group; head++) forward(task, mixed, output, totals, head, space, d);
+}
+
+INLINE void backward_task(Task task, Mixed mixed, const float *output, const float *totals, const float *grad,
+                          Mixed grad_mixed, Space space, const int64_t d) {
+  load_keys(task, mixed, space, d);
+  transpose(at(mixed, task.start, task.group, task.per_group + 1, d), mixed.token, task.length, space.values,
+            task.stride, d);
+  memset(space.grad_keys, 0, task.stride * d * sizeof(float));
+  memset(space.grad_values, 0, task.stride * d * sizeof(float));
+  for (int64_t head = 0; head < task.per_group; head++)
+    backward(task, mixed, output, totals, grad, grad_mixed, head, space, d);
+  for (int64_t t = 0; t < task.length; t++) {
+    rotate(space.grad_keys + t * d, task.angles, task.start + t, 1, -1,
+           at(grad_mixed, task.start + t, task.group, task.per_group, d), d);
+    memcpy(at(grad_mixed, task.start + t, task.group, task.per_group + 1, d), space.grad_values + t * d,
+           d * sizeof(float));
   }
 }
 
@@ -184,50 +249,33 @@ static void backward(Heads query, Heads key, Heads output, Heads grad, Heads gra
   default: CALL(d);                                                                                                    \
   }
 
-// output [N, heads, d], totals [N, heads]: see packed_attention.py. d a multiple of LANES; space [threads][space_size].
-void attention(const float *query, int64_t query_token, int64_t query_head, const float *key, int64_t key_token,
-               int64_t key_head, const float *value, int64_t value_token, int64_t value_head, const int32_t *cu_seqlens,
-               int64_t sequences, int64_t longest, float *output, float *totals, float *space, int64_t heads,
-               int64_t groups, int64_t d, float scale, int threads) {
-  const Heads q = {(float *)query, query_token, query_head}, k = {(float *)key, key_token, key_head};
-  const Heads v = {(float *)value, value_token, value_head}, o = {output, heads * d, d};
+// mixed [N, groups, per_group + 2, d], cos, sin [N, d / 2], output [N, groups * per_group, d], totals the same without
+// d: see packed_attention.py. d a multiple of 2 LANES; space [threads, space_size].
+void attention(const float *mixed, int64_t token, const float *cos, const float *sin, const int32_t *cu_seqlens,
+               int64_t sequences, int64_t longest, float *output, float *totals, float *space, int64_t groups,
+               int64_t per_group, int64_t d, int threads) {
+  const Mixed x = {(float *)mixed, token, (per_group + 2) * d};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < sequences * groups; task++) {
-    const int64_t start = cu_seqlens[task / groups], length = cu_seqlens[task / groups + 1] - start, g = task % groups;
-    const int64_t stride = round_up(length, TILE), per_group = heads / groups;
+  for (int64_t number = 0; number < sequences * groups; number++) {
+    const Task task = task_of(number, cu_seqlens, groups, per_group, d, (Angles){cos, sin});
     const Space own = parts_of(space + omp_get_thread_num() * space_size(longest, d), longest, d);
-    transpose(k, start, g, length, own.keys, stride, d);
-    for (int64_t h = g * per_group; h < (g + 1) * per_group; h++)
-#define FORWARD(D) forward(q, v, o, totals, heads, start, length, h, g, scale, own, stride, D)
-      FOR_SIZE(FORWARD)
+#define FORWARD(D) forward_task(task, x, output, totals, own, D)
+    FOR_SIZE(FORWARD)
   }
 }
 
-// The gradients [N, heads, d] and twice [N, groups, d] from grad, that of the output.
-void attention_backward(const float *grad, int64_t grad_token, int64_t grad_head, const float *query,
-                        int64_t query_token, int64_t query_head, const float *key, int64_t key_token, int64_t key_head,
-                        const float *value, int64_t value_token, int64_t value_head, const int32_t *cu_seqlens,
-                        int64_t sequences, int64_t longest, const float *output, const float *totals, float *grad_query,
-                        float *grad_key, float *grad_value, float *space, int64_t heads, int64_t groups, int64_t d,
-                        float scale, int threads) {
-  const Heads q = {(float *)query, query_token, query_head}, k = {(float *)key, key_token, key_head};
-  const Heads v = {(float *)value, value_token, value_head}, o = {(float *)output, heads * d, d};
-  const Heads g = {(float *)grad, grad_token, grad_head}, grad_q = {grad_query, heads * d, d};
+// grad_mixed, contiguous, from grad, that of the output.
+void attention_backward(const float *grad, const float *mixed, int64_t token, const float *cos, const float *sin,
+                        const int32_t *cu_seqlens, int64_t sequences, int64_t longest, const float *output,
+                        const float *totals, float *grad_mixed, float *space, int64_t groups, int64_t per_group,
+                        int64_t d, int threads) {
+  const int64_t width = (per_group + 2) * d;
+  const Mixed x = {(float *)mixed, token, width}, grad_x = {grad_mixed, groups * width, width};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < sequences * groups; task++) {
-    const int64_t start = cu_seqlens[task / groups], length = cu_seqlens[task / groups + 1] - start;
-    const int64_t group = task % groups, stride = round_up(length, TILE), per_group = heads / groups;
+  for (int64_t number = 0; number < sequences * groups; number++) {
+    const Task task = task_of(number, cu_seqlens, groups, per_group, d, (Angles){cos, sin});
     const Space own = parts_of(space + omp_get_thread_num() * space_size(longest, d), longest, d);
-    transpose(k, start, group, length, own.keys, stride, d);
-    transpose(v, start, group, length, own.values, stride, d);
-    memset(own.grad_keys, 0, stride * d * sizeof(float));
-    memset(own.grad_values, 0, stride * d * sizeof(float));
-    for (int64_t h = group * per_group; h < (group + 1) * per_group; h++)
-#define BACKWARD(D) backward(q, k, o, g, grad_q, totals, heads, start, length, h, group, scale, own, stride, D)
-      FOR_SIZE(BACKWARD)
-    for (int64_t t = 0; t < length; t++) {
-      memcpy(grad_key + ((start + t) * groups + group) * d, own.grad_keys + t * d, d * sizeof(float));
-      memcpy(grad_value + ((start + t) * groups + group) * d, own.grad_values + t * d, d * sizeof(float));
-    }
+#define BACKWARD(D) backward_task(task, x, output, totals, grad, grad_x, own, D)
+    FOR_SIZE(BACKWARD)
   }
 }

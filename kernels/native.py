@@ -47,8 +47,8 @@ SIGNATURES = {
     "filter_scores": "ppiiiii",
     "product": "pppiiii",
     "decode": "ppippppippppp" + "iiiiiiiiif",
-    "attention": "piipiipiipiipppiiif",
-    "attention_backward": "piipiipiipiipiippppppiiif",
+    "attention": "pipppiipppiii",
+    "attention_backward": "ppipppiippppiii",
 }
 """Arguments of each function but the last, the number of threads: p pointer, i int64, f float."""
 TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

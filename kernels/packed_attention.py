@@ -1,4 +1,5 @@
-"""Causal attention over packed sequences by C kernels, for float32 on a CPU: no padding, and no scores in memory.
+"""Causal attention over packed sequences by C kernels, for float32 on a CPU: rotary embedding included, no padding, no
+scores in memory.
 
 GPUs have flash-attn and torch's own kernels for this (engine/models/attention.py).
 """
@@ -22,86 +23,105 @@ def can_attend(x: Tensor, head_dim: int) -> bool:
     return use_c(x) and x.dtype == torch.float32 and head_dim % LANES == 0
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Attention of each token to those of its own sequence up to itself, softmax(q k / sqrt(d)) v.
+def packed_attention(mixed: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """softmax(q k / sqrt(d)) v over the tokens of the same sequence up to each, with q and k rotated (rope.py).
 
-    query [N, heads, d], key and value [N, groups, d] float32 on the CPU, heads a multiple of groups, d one of LANES.
+    mixed [N, groups, heads_per_group + 2, d] float32 on the CPU: query heads, key and value of each group, not yet
+    rotated; d a multiple of LANES. cos, sin [N, d / 2] float32: of each token's position.
     cu_seqlens [n + 1] int32, ascending from 0 to N: where each sequence starts. max_seqlen: at least the longest one.
-    Returns [N, heads, d] contiguous; differentiable in query, key and value. The rows of a sequence are the same bits
-    whatever is packed beside it.
+    Returns [N, groups * heads_per_group, d] contiguous; differentiable in mixed. The rows of a sequence are the same
+    bits whatever is packed beside it.
     Raises ValueError where shapes, types or lengths do not fit.
     Source: scores are recomputed in the backward pass as by Dao et al. 2022 (FlashAttention).
     """
-    num_tokens, heads, d = query.shape
-    groups = key.shape[1]
-    if key.shape != (num_tokens, groups, d) or value.shape != key.shape or heads % groups or d % LANES:
+    if mixed.dim() != 4 or mixed.shape[2] < 3 or mixed.shape[3] % LANES:
         raise ValueError(
-            f"packed_attention: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}; "
-            f"expected [N, heads, d] and twice [N, groups, d], heads a multiple of groups, d of {LANES}"
+            f"packed_attention: mixed {tuple(mixed.shape)}; expected [N, groups, heads_per_group + 2, d], d a multiple "
+            f"of {LANES}"
         )
-    if any(x.dtype != torch.float32 or x.is_cuda for x in (query, key, value)) or cu_seqlens.dtype != torch.int32:
+    factors = (mixed.shape[0], mixed.shape[3] // 2)
+    if cos.shape != factors or sin.shape != factors:
         raise ValueError(
-            f"packed_attention: query {query.dtype}, key {key.dtype}, value {value.dtype} on {query.device}, "
-            f"cu_seqlens {cu_seqlens.dtype}; expected float32 on the CPU, and int32"
+            f"packed_attention: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be {factors}, [N, d / 2]"
         )
-    return _forward(*map(_rows, (query, key, value)), cu_seqlens.contiguous(), max_seqlen)[0]
+    if any(x.dtype != torch.float32 or x.is_cuda for x in (mixed, cos, sin)) or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"packed_attention: mixed {mixed.dtype} on {mixed.device}, cos {cos.dtype}, sin {sin.dtype}, cu_seqlens "
+            f"{cu_seqlens.dtype}; expected float32 on the CPU, and int32"
+        )
+    return _forward(_packed(mixed), cos.contiguous(), sin.contiguous(), cu_seqlens.contiguous(), max_seqlen)[0]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with the numbers of each head side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _packed(mixed: Tensor) -> Tensor:
+    """mixed with the numbers of each token side by side."""
+    return mixed if mixed[:1].is_contiguous() else mixed.contiguous()
 
 
 @custom_op("ppomax::packed_attention", mutates_args=())
-def _forward(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    _check_lengths(cu_seqlens, max_seqlen, query.shape[0])
-    output, totals = torch.empty(query.shape), torch.empty(query.shape[:2])
-    if query.numel() == 0:
-        return output, totals
-    space = _space(max_seqlen, query.shape[2])
-    strides = (part for x in (query, key, value) for part in (x, *x.stride()[:2]))
-    call("attention", *strides, *_packing(cu_seqlens, max_seqlen), output, totals, space, *_sizes(query, key))
+def _forward(mixed: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    num_tokens, groups, width, d = mixed.shape
+    _check_lengths(cu_seqlens, max_seqlen, num_tokens)
+    output = torch.empty(num_tokens, groups * (width - 2), d)
+    totals = torch.empty(output.shape[:2])
+    packing = (cu_seqlens, cu_seqlens.numel() - 1, max_seqlen)
+    sizes = (groups, width - 2, d)
+    call("attention", mixed, mixed.stride(0), cos, sin, *packing, output, totals, _space(max_seqlen, d), *sizes)
     return output, totals
 
 
 @_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2])
+def _(mixed: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    num_tokens, groups, width, d = mixed.shape
+    heads = groups * (width - 2)
+    return mixed.new_empty(num_tokens, heads, d), mixed.new_empty(num_tokens, heads)
 
 
 @custom_op("ppomax::packed_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    mixed: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     output: Tensor,
     totals: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.empty(query.shape), torch.empty(key.shape), torch.empty(value.shape)
-    if query.numel() == 0:
-        return grads
-    space = _space(max_seqlen, query.shape[2])
-    strides = (part for x in (_rows(grad), query, key, value) for part in (x, *x.stride()[:2]))
-    packing = _packing(cu_seqlens, max_seqlen)
-    call("attention_backward", *strides, *packing, output, totals, *grads, space, *_sizes(query, key))
-    return grads
+) -> Tensor:
+    _, groups, width, d = mixed.shape
+    grad_mixed = torch.empty(mixed.shape)
+    call(
+        "attention_backward",
+        grad.contiguous(),
+        mixed,
+        mixed.stride(0),
+        cos,
+        sin,
+        cu_seqlens,
+        cu_seqlens.numel() - 1,
+        max_seqlen,
+        output,
+        totals,
+        grad_mixed,
+        _space(max_seqlen, d),
+        groups,
+        width - 2,
+        d,
+    )
+    return grad_mixed
 
 
 @_backward.register_fake
 def _(
     grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    mixed: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     output: Tensor,
     totals: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+) -> Tensor:
+    return mixed.new_empty(mixed.shape)
 
 
 def _check_lengths(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
@@ -114,14 +134,6 @@ def _check_lengths(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None
         )
 
 
-def _packing(cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, int, int]:
-    return cu_seqlens, cu_seqlens.numel() - 1, max_seqlen
-
-
-def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, float]:
-    return query.shape[1], key.shape[1], query.shape[2], query.shape[2] ** -0.5
-
-
 def _space(max_seqlen: int, d: int) -> Tensor:
     library = load()
     assert library is not None, "the C kernels are not there; see can_attend"
@@ -129,14 +141,13 @@ def _space(max_seqlen: int, d: int) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, cu_seqlens, ctx.max_seqlen = inputs
-    ctx.save_for_backward(query, key, value, cu_seqlens, *output)
+    *tensors, ctx.max_seqlen = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _propagate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, cu_seqlens, output, totals = ctx.saved_tensors
-    grads = _backward(grad, query, key, value, cu_seqlens, ctx.max_seqlen, output, totals)
-    return *grads, None, None
+    *inputs, output, totals = ctx.saved_tensors
+    return _backward(grad, *inputs, ctx.max_seqlen, output, totals), None, None, None, None
 
 
 _forward.register_autograd(_propagate, setup_context=_save)

@@ -35,8 +35,8 @@ def sample(
         scores = torch.empty(logits.shape)
         own_marks = None if marks is None else marks[:, first:]
         flags = (0, 0) if own_marks is None else (own_marks, own_marks.stride(0))
-        sizes = (len(logits), num_columns, logits.shape[1])
-        call("modify", logits, *flags, scores, *sizes, repetition_penalty, temperature)
+        shape = (len(logits), num_columns, logits.shape[1])
+        call("modify", logits, *flags, scores, *shape, repetition_penalty, temperature)
     if has_filters and group_size(tp_group) == 1:
         part = share_word(top_p) if top_p < 1 else 1 << TOP_P_BITS
         space = torch.empty(torch.get_num_threads(), 2, num_columns, dtype=torch.int64)

@@ -51,24 +51,30 @@ class PackedSelfAttention(SelfAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None, *unused: object, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         pack: PackedSequences = kwargs["packed_seq_params"]
-        query, key, value = self._query_key_value(hidden_states)
-        query, key = rope(query, pack.cos, pack.sin), rope(key, pack.cos, pack.sin)
-        if self.checkpoint_core_attention and self.training:
-            output = checkpoint(lambda q, k, v: packed_attention(q, k, v, pack), False, query, key, value)
-        else:
-            output = packed_attention(query, key, value, pack)
+        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = own_groups(mixed.squeeze(1), self.config, self.pg_collection.tp)
+        attend = self._attend_in_one if pack.backend == "c_kernel" else self._attend
+        output = attend(mixed, pack)
         projected, bias = self.linear_proj(output.reshape(output.shape[0], 1, -1))
         return projected, bias
 
-    def _query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N(/tp), 1, H] -> query [N, heads/tp, head_dim], key and value [N, groups/tp, head_dim]."""
-        mixed, _ = self.linear_qkv(hidden_states)
-        mixed = own_groups(mixed.squeeze(1), self.config, self.pg_collection.tp)
+    def _attend_in_one(self, mixed: Tensor, pack: PackedSequences) -> Tensor:
+        """As `_attend`, by the C kernel; it keeps no scores, so there is nothing for selective recomputation to do."""
+        if self.config.qk_layernorm:
+            queries, keys, values = mixed.split([mixed.shape[2] - 2, 1, 1], dim=2)
+            mixed = torch.cat([self.q_layernorm(queries), self.k_layernorm(keys), values], dim=2)
+        return c_kernel.packed_attention(mixed, pack.cos, pack.sin, pack.cu_seqlens, pack.max_seqlen)
+
+    def _attend(self, mixed: Tensor, pack: PackedSequences) -> Tensor:
+        """[N, groups/tp, heads_per_group + 2, head_dim] -> [N, heads/tp, head_dim]."""
         query, key, value = mixed.split([mixed.shape[2] - 2, 1, 1], dim=2)
         query, key, value = query.reshape(mixed.shape[0], -1, mixed.shape[3]), key.squeeze(2), value.squeeze(2)
         if self.config.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, value
+        query, key = rope(query, pack.cos, pack.sin), rope(key, pack.cos, pack.sin)
+        if self.checkpoint_core_attention and self.training:
+            return checkpoint(lambda q, k, v: packed_attention(q, k, v, pack), False, query, key, value)
+        return packed_attention(query, key, value, pack)
 
 
 def own_groups(mixed: Tensor, config: TransformerConfig, tp: dist.ProcessGroup) -> Tensor:
@@ -126,8 +132,6 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: PackedSequ
         return flash_attn_varlen_func(query, key, value, cu, cu, longest, longest, causal=True)
     if pack.backend == "varlen":
         return _varlen(query, key, value, pack)
-    if pack.backend == "c_kernel":
-        return c_kernel.packed_attention(query, key, value, pack.cu_seqlens, pack.max_seqlen)
     return _padded_sdpa(query, key, value, pack)
 
 
