@@ -19,7 +19,7 @@ from ppomax.engine.config_file import write_config
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.monitor.live import LiveView
 from ppomax.engine.monitor.sinks import Sink, open_sinks
-from ppomax.engine.run_records import drop_later, goes_on_here, is_same_run, lock_folder
+from ppomax.engine.run_records import ROLLBACK, drop_later, goes_on_here, is_same_run, lock_folder
 
 PACKAGES = ("ppomax", "torch", "megatron-core", "transformers", "triton", "flash-attn", "numpy")
 CONSOLE = {
@@ -127,6 +127,11 @@ class RunLog:
         if self._live is not None:
             self._live.event(text)
         self.say(text)
+
+    def rollback(self, step: int, from_step: int, constraint: Mapping[str, float]) -> None:
+        """The run goes on from `step`, under this constraint (engine/monitor/actions.py): a resume reads it."""
+        if self.is_writer:
+            self._append({"kind": ROLLBACK, "step": step, "from_step": from_step, "constraint": constraint})
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
         """One line of timing.jsonl: what depends on the machine, and not only on configuration and seed."""

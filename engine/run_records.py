@@ -2,9 +2,11 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,8 @@ from ppomax.engine.errors import ConfigError
 
 LOCK_FILE = ".lock"
 SUPERSEDED = "superseded"
+ROLLBACK = "rollback"
+"""The kind of a record of metrics.jsonl with which a run goes back to its step."""
 FREE_TO_CHANGE = ("parallel", "checkpoint", "monitor")
 FREE_IN_TRAIN = ("output", "resume", "log_every", "stop_seconds", "tokens_per_microbatch")
 
@@ -43,14 +47,15 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def drop_later(path: Path, step: int) -> None:
-    """Moves the records of a jsonl file after a step, and a line that was cut short, into NAME.superseded.jsonl."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _step(line) <= step]
+    """Moves what a jsonl file has behind its last record of a step up to this one, and lines that are no records, into
+    NAME.superseded.jsonl. Later steps from before a rollback to a step up to this one stay.
+    """
+    lines = _lines(path)
+    stand = _num_standing(lines, step)
+    kept = [line for line in lines[:stand] if _step(line) < math.inf]
     if len(kept) == len(lines):
         return
-    gone = [line for line in lines if _step(line) > step]
+    gone = [line for i, line in enumerate(lines) if i >= stand or _step(line) == math.inf]
     with path.with_name(f"{path.stem}.{SUPERSEDED}.jsonl").open("a") as file:
         file.writelines(line if line.endswith("\n") else line + "\n" for line in gone)
         file.flush()
@@ -61,6 +66,14 @@ def drop_later(path: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(written, path)
+
+
+def last_rollback(path: Path, step: int) -> dict[str, Any] | None:
+    """The record of the rollback with which a run came to this step the last time; None where it came by training."""
+    lines = _lines(path)
+    stand = _num_standing(lines, step)
+    last = json.loads(lines[stand - 1]) if stand else {}
+    return last if last.get("kind") == ROLLBACK and last.get("step") == step else None
 
 
 def is_same_run(config: RunConfig, folder: Path) -> bool:
@@ -92,10 +105,24 @@ def _fixed(tree: dict[str, Any]) -> dict[str, Any]:
     return {**fixed, "train": train}
 
 
+def _lines(path: Path) -> list[str]:
+    """With their ends. Model text in a record may hold separators of other kinds."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        return list(file)
+
+
+def _num_standing(lines: Sequence[str], step: int) -> int:
+    """How many of the lines a run has left behind when it goes on from a step."""
+    return max((number for number, line in enumerate(lines, 1) if _step(line) <= step), default=0)
+
+
 def _step(line: str) -> float:
     """The step of a record; infinite for what is none."""
     try:
         record = json.loads(line)
     except ValueError:
-        return float("inf")
-    return record.get("step", 0) if isinstance(record, dict) else float("inf")
+        return math.inf
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) else math.inf

@@ -22,7 +22,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.data.chat import Template, make_template
 from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
-from ppomax.engine.errors import ConfigError, DivergedError, DoesNotFitError, RunStopped
+from ppomax.engine.errors import CheckpointError, ConfigError, DivergedError, DoesNotFitError, RunStopped
 from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
@@ -46,6 +46,7 @@ from ppomax.engine.rollout.candidates import best_of
 from ppomax.engine.rollout.generate import generate, request_seeds
 from ppomax.engine.rollout.vllm_backend import VllmBackend
 from ppomax.engine.rollout.watch import MakeWatch
+from ppomax.engine.run_records import last_rollback
 from ppomax.engine.steps import StepCounter, require_finite_weights
 from ppomax.engine.trace import Trace
 
@@ -214,6 +215,18 @@ def go_back(session: Session, step: int, roles: Mapping[str, Role]) -> tuple[Ver
     content, _ = load_checkpoint(checkpoint, roles)
     session.saver.go_back(checkpoint)
     return checkpoint, content["state"]
+
+
+def rollback_to(session: Session, step: int) -> dict[str, Any] | None:
+    """The record of the rollback with which the run in this folder came to a step last; None where it came by training.
+    Collective over all ranks.
+    """
+    found: list[Any] = [None]
+    with raise_on_all(CheckpointError, f"{session.log.folder}/metrics.jsonl cannot be read"):
+        if session.log.is_writer:
+            found = [last_rollback(session.log.folder / "metrics.jsonl", step)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def end_step(

@@ -37,6 +37,7 @@ from ppomax.engine.session import (
     is_due,
     open_session,
     restore,
+    rollback_to,
     sample,
     sample_held_out,
 )
@@ -79,7 +80,7 @@ class TrainState:
             )
         scaler, kl = RewardScaler(**content["scaler"]), KlController(**content["kl"])
         carried = tuple(Started.from_json(one) for one in content["carried"])
-        monitor, constraint = MonitorState.from_json(content["monitor"]), Constraint(**content["constraint"])
+        monitor, constraint = MonitorState.from_json(content["monitor"]), Constraint.from_json(content["constraint"])
         made = {"scaler": scaler, "kl": kl, "carried": carried, "monitor": monitor, "constraint": constraint}
         return TrainState(**{**content, **made})
 
@@ -249,8 +250,12 @@ def _resumed(content: dict[str, Any], session: Session) -> TrainState:
     assert session.resume is not None
     kl = KlController(config.ppo.kl_coef) if config.ppo.kl_controller == "fixed" else state.kl
     is_own = session.resume.path.parent.resolve() == Path(checkpoint_folder(config)).resolve()
-    monitor = state.monitor if is_own else replace(state.monitor, healthy_step=None, candidate_step=None)
-    return replace(state, kl=kl, monitor=monitor)
+    if not is_own:
+        return replace(state, kl=kl, monitor=replace(state.monitor, healthy_step=None, candidate_step=None))
+    state = replace(state, kl=kl)
+    rollback = rollback_to(session, state.step)
+    # The checkpoint is older than the rollback to it.
+    return state if rollback is None else _rolled_back(state, Constraint.from_json(rollback.get("constraint")))
 
 
 def _roll_back(session: Session, trained: Mapping[str, Role], state: TrainState, counter: StepCounter) -> TrainState:
@@ -266,6 +271,11 @@ def _roll_back(session: Session, trained: Mapping[str, Role], state: TrainState,
         f"{constraint.kl_coef(healthy.kl.coef, monitor):.4g} and learning rates are multiplied by "
         f"{constraint.lr_factor:.4g}"
     )
+    session.log.rollback(healthy.step, state.step, asdict(constraint))
+    return _rolled_back(healthy, constraint)
+
+
+def _rolled_back(healthy: TrainState, constraint: Constraint) -> TrainState:
     watched = replace(healthy.monitor, healthy_step=healthy.step, candidate_step=None)
     return replace(healthy, monitor=watched, constraint=constraint)
 

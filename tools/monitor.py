@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of `ppo` in a metrics.jsonl. Raises DataError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # text may hold other separators
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; give the folder of a run") from error
     records = []

@@ -51,13 +51,15 @@ FAMILY = re.compile(r"(.+)_(?:min|max|p\d+|\d)")
 """Quantiles and counts of one thing: they share a chart."""
 TIMING = "timing"
 """The kind of curves that come from timing.jsonl."""
+NOT_MEASURED = ("event", "rollback")
+"""Kinds of records without metrics."""
 PHASE = re.compile(r"seconds_(.+)|(.+)_seconds")
 LEADING = re.compile(r"ref_(?=.)")
 
 
 def main_kind(records: Sequence[Row]) -> str:
     """The stage that wrote the records; "evaluation" where there is nothing else."""
-    kinds = [row["kind"] for row in records if row["kind"] not in ("evaluation", "event")]
+    kinds = [row["kind"] for row in records if row["kind"] not in ("evaluation", *NOT_MEASURED)]
     return max(set(kinds), key=lambda kind: (kinds.count(kind), kind)) if kinds else "evaluation"
 
 
@@ -87,7 +89,7 @@ def curves(records: Sequence[Row], timing: Sequence[Row] = ()) -> dict[str, dict
     """
     found: dict[str, dict[str, Any]] = {}
     records = [*records, *({**row, "kind": TIMING} for row in timing)]
-    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in records) if kind != "event"]
+    kinds = [kind for kind in dict.fromkeys(row["kind"] for row in records) if kind not in NOT_MEASURED]
     for kind in sorted(kinds, key=lambda kind: kind == "evaluation"):
         rows, old = split_repeated([row for row in records if row["kind"] == kind])
         names = dict.fromkeys(key for row in rows for key, value in row.items() if is_measured(key, value))

@@ -1,13 +1,14 @@
 """From alarms to what happens: events for metrics.jsonl, and a tighter constraint on the policy."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ppomax.engine.config import MonitorConfig, RunConfig
 from ppomax.engine.data.tokenizer import Tokenizer
+from ppomax.engine.errors import CheckpointError
 from ppomax.engine.metrics import RunLog
-from ppomax.engine.monitor.state import Alarm, MonitorState, action_of, observe
+from ppomax.engine.monitor.state import Alarm, MonitorState, action_of, is_number, observe
 from ppomax.engine.ppo.types import Rollout
 
 STRENGTH = ("off", "warn", "raise_kl", "rollback", "stop")
@@ -24,6 +25,16 @@ class Constraint:
     min_kl_coef: float = 0.0
     lr_factor: float = 1.0
     num_rollbacks: int = 0
+
+    @staticmethod
+    def from_json(content: Any) -> "Constraint":
+        names = {item.name for item in fields(Constraint)}
+        if not isinstance(content, dict) or content.keys() != names or not all(map(is_number, content.values())):
+            raise CheckpointError(
+                f"the constraint of the monitor is damaged: {content!r}, expected numbers {sorted(names)}; take "
+                "another step_N folder"
+            )
+        return Constraint(**content)
 
     def kl_coef(self, coef: float, config: MonitorConfig) -> float:
         """The weight of the KL penalty; coef: without the monitor."""

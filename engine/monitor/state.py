@@ -93,7 +93,7 @@ def observe(
     most tokens of a response.
     """
     before = state
-    last = {name: float(record[name]) for name in METRICS_READ if _is_number(record.get(name))}
+    last = {name: float(record[name]) for name in METRICS_READ if is_number(record.get(name))}
     state = _remember(state, last, config)
     now = {name: sum(values) / len(values) for name, values in state.recent.items() if name in last}
     best = math.inf if state.best_value_loss is None else state.best_value_loss
@@ -173,5 +173,5 @@ def _alarm(detector: Detector, step: int, score: float, view: View) -> Alarm:
     return Alarm(detector, step, evidence)
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

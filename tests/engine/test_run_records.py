@@ -11,7 +11,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.config_file import write_config
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.metrics import RunLog
-from ppomax.engine.run_records import drop_later, is_same_run, lock_folder
+from ppomax.engine.run_records import drop_later, is_same_run, last_rollback, lock_folder
 
 HOLD = """
 import os, sys
@@ -53,6 +53,23 @@ def test_records_after_the_resumed_step_are_moved_not_lost(tmp_path: Path) -> No
     assert (tmp_path / "metrics.superseded.jsonl").read_text() == '{"step": 3}\n{"step": 4}\n{"step": 5, "lo\n'
     drop_later(path, 2)
     assert lines(path) == [1, 2, 2]
+
+
+def test_what_came_before_a_rollback_stays(tmp_path: Path) -> None:
+    """Steps 1 to 4, back to 2, 3 to 5, and a resume from 2, 3 or 5, or a kill at the rollback's own line."""
+    rows = [{"kind": "ppo", "step": step} for step in (1, 2, 3, 4)]
+    rows += [{"kind": "event", "step": 4, "samples": "text of a model\u2028\x85"}]
+    rows += [{"kind": "rollback", "step": 2, "constraint": {"kl_factor": 2.0}}]
+    rows += [{"kind": "ppo", "step": step} for step in (3, 4, 5)]
+    path = tmp_path / "metrics.jsonl"
+    for step, num_kept in ((5, 9), (4, 8), (3, 7), (2, 6), (1, 1)):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"step": 6, "lo')
+        assert last_rollback(path, step) == (rows[5] if step == 2 else None)
+        drop_later(path, step)
+        kept = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        assert kept == rows[:num_kept]
+        assert last_rollback(path, step) == (rows[5] if step == 2 else None)
+    assert last_rollback(tmp_path / "nothing", 2) is None
 
 
 def config(folder: Path, **train: object) -> RunConfig:

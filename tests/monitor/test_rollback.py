@@ -2,6 +2,7 @@
 from there with the tighter constraint. One process, the tests' tiny models.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -133,9 +134,52 @@ def test_the_records_tell_what_happened(rolled_back: dict[str, Any]) -> None:
     (event,) = records(output, "event")
     assert (event["step"], event["detector"], event["action"]) == (3, "kl_runaway", "rollback")
     assert len(event["samples"]) == 3
+    (back,) = records(output, "rollback")
+    assert (back["step"], back["from_step"], back["constraint"]["kl_factor"]) == (1, 3, 2.0)
     kl = [row["kl"] for row in records(output, "ppo")]
     assert kl[3] == kl[1]  # the same weights, the same noise
     assert kl[4] < 0.3 < kl[2]
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def run_until(config: dict[str, Any], num_updates: int) -> None:
+    """The run, which ends in its update number num_updates + 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls, update = itertools.count(), train_ppo.update
+
+        def killing(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == num_updates:
+                raise Killed
+            return update(*args, **kwargs)
+
+        patch.setattr(train_ppo, "update", killing)
+        with pytest.raises(Killed):
+            train_ppo.run(RunConfig.model_validate(config))
+
+
+@pytest.mark.parametrize(
+    "num_updates",
+    [pytest.param(3, id="before the next checkpoint"), pytest.param(4, id="after it", marks=pytest.mark.slow)],
+)
+def test_a_run_killed_after_a_rollback_goes_on_with_the_tighter_constraint(
+    num_updates: int, rolled_back: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    """What came before the rollback is not done again, and its records stay."""
+    output, whole = tmp_path / "run", rolled_back["output"]
+    train = {"steps": 3, "resume": "auto"}
+    checkpoint = {"every": 1, "keep": 1, "asynchronous": False}
+    config = tiny.config("ppo", output, train=train, checkpoint=checkpoint, monitor=MONITOR)
+    run_until(config, num_updates)
+    train_ppo.run(RunConfig.model_validate(config))
+    for kind in ("ppo", "event", "rollback"):
+        assert records(output, kind) == records(whole, kind)
+    ours, theirs = weights(output), weights(whole)
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    again = [json.loads(line)["step"] for line in (output / "timing.jsonl").read_text().splitlines()]
+    assert again == ([1, 2, 3] if num_updates == 3 else [1, 2, 2, 3])
 
 
 def test_the_healthy_checkpoint_is_kept_and_later_ones_are_set_aside(rolled_back: dict[str, Any]) -> None:
@@ -169,3 +213,20 @@ def test_more_penalty_is_applied_from_the_next_iteration_on(tiny: Any, tmp_path:
     monitor = {**MONITOR, "actions": {"kl_runaway": "raise_kl"}, "limits": {"kl": 0.1}}
     train_ppo.run(RunConfig.model_validate(tiny.config("ppo", tmp_path / "run", train={"steps": 3}, monitor=monitor)))
     assert [row["kl_coef"] for row in records(tmp_path / "run", "ppo")] == [0.1, 0.1, 0.2]
+
+
+@pytest.mark.slow
+def test_a_penalty_that_was_raised_after_the_last_checkpoint_is_raised_again(tiny: Any, tmp_path: Path) -> None:
+    """A resumed run does the same steps again, so the same alarm sounds."""
+    monitor = {**MONITOR, "actions": {"kl_runaway": "raise_kl"}, "limits": {"kl": 0.3}}
+    for name in ("whole", "killed"):
+        train = {"steps": 4, "resume": "auto"}
+        config = tiny.config("ppo", tmp_path / name, train=train, checkpoint={"every": 2}, monitor=monitor)
+        if name == "killed":
+            run_until(config, 3)
+            assert records(tmp_path / name, "event")[-1]["step"] == 3
+        train_ppo.run(RunConfig.model_validate(config))
+    whole, killed = (records(tmp_path / name, "ppo") for name in ("whole", "killed"))
+    assert [row["kl_coef"] for row in whole] == [0.1, 0.1, 0.1, 0.2]
+    assert killed == whole
+    assert records(tmp_path / "killed", "event") == records(tmp_path / "whole", "event")
