@@ -256,7 +256,8 @@ class DataConfig(Section):
     """Longest prompt + response, tokens; older turns are dropped first. Source: 2048, P p.18."""
     step_delimiter: Annotated[str, Field(min_length=1)] = "\n\n"
     """Ends a step of a response, for step labels and rewards per step; the end of a response ends its last step.
-    Source: ours; a blank line separates the paragraphs of a solution."""
+    Where it is not set and a process model is used or trained further, that model's own. Source: ours; a blank line
+    separates the paragraphs of a solution."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A bad row ends the run (error), or is left out, counted and listed (skip)."""
 

@@ -31,6 +31,7 @@ from ppomax.engine.models.megatron_names import (
     stored_rows,
 )
 from ppomax.engine.models.megatron_reader import SCALAR_HEAD_BESIDE, MegatronReader
+from ppomax.engine.models.process_model import delimiter_of_checkpoint
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.side_files import write_side_files
 from ppomax.engine.models.stored_model import StoredModel, open_model
@@ -84,9 +85,15 @@ def megatron_to_hf(
     _check_vocabulary(loaded or _own_tokenizer(model.folder), model.shape)
     dtypes = dict.fromkeys(model.names, dtype) if dtype else {name: model.weights.dtypes[name] for name in model.names}
     tensors = ((name, model.weights.read(model.names[name])) for name in tensor_order(model.shape))
-    source_folder = None if model.step else model.folder
     write_hf(
-        target, model.shape, dtypes, tensors, tokenizer=loaded, source=source_folder, max_file_bytes=max_file_bytes
+        target,
+        model.shape,
+        dtypes,
+        tensors,
+        tokenizer=loaded,
+        source=None if model.step else model.folder,
+        step_delimiter=delimiter_of_checkpoint(model.step, model.folder.name) if model.step else None,
+        max_file_bytes=max_file_bytes,
     )
     return model
 
@@ -122,11 +129,12 @@ def write_hf(
     *,
     tokenizer: Tokenizer | None,
     source: Path | None,
+    step_delimiter: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes a Hugging Face folder from tensors that come one by one; they are cast to dtypes.
 
-    tokenizer, source: see `write_side_files`.
+    tokenizer, source, step_delimiter: see `write_side_files`.
     """
     writer = FolderWriter(target, shape, dtypes, max_file_bytes, NOTHING)
     try:
@@ -136,7 +144,7 @@ def write_hf(
                 writer.add(name, tensor.to(dtypes[name]))
                 if writer.fault is not None:
                     break
-            writer.finish(tokenizer, source=source)
+            writer.finish(tokenizer, source=source, step_delimiter=step_delimiter)
     finally:
         writer.discard()
 

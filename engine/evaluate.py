@@ -10,6 +10,7 @@ import torch
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
 from ppomax.engine.judge.intervals import LEVEL, bootstrap_mean
+from ppomax.engine.models.process_model import with_learned_delimiter
 from ppomax.engine.models.roles import load_reward_models, load_role
 from ppomax.engine.ppo.evaluation import evaluate_policy
 from ppomax.engine.rewards.mixture import make_mix
@@ -20,6 +21,7 @@ def run(config: RunConfig) -> None:
     """Samples a response to each prompt of data.eval and scores it; writes evaluation.json and samples.jsonl into
     train.output.
     """
+    config = with_learned_delimiter(config, config.model.process if config.has_reward("process") else "")
     with open_session(config, "evaluate", tokenizer_source=config.model.policy) as session:
         limit = config.data.max_length - config.sampling.max_new_tokens
         prompts = load_prompts(config.data, config.data.eval, session.template, max_prompt_tokens=limit)

@@ -27,6 +27,7 @@ from ppomax.engine.metrics import RunLog
 from ppomax.engine.models.hf_checkpoint import save_hf
 from ppomax.engine.models.hf_export import export_weights
 from ppomax.engine.models.identity import ModelIdentity
+from ppomax.engine.models.process_model import delimiter_to_keep
 from ppomax.engine.models.roles import Role, as_scalar, role_groups
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.models.transformer import DTYPES
@@ -340,4 +341,5 @@ def _export_to(session: Session, role: Role, shape: ModelShape, folder: str) -> 
             folder,
             dtype=DTYPES[session.config.model.dtype],
             tokenizer=session.tokenizer,
+            step_delimiter=delimiter_to_keep(session.config, role.name),
         )

@@ -8,6 +8,7 @@ import torch
 
 from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import load_prompts
+from ppomax.engine.models.process_model import with_learned_delimiter
 from ppomax.engine.models.roles import load_critic, load_reward_models, load_role
 from ppomax.engine.ppo.experience import Models, make_experience
 from ppomax.engine.ppo.rewards import RewardScaler
@@ -21,6 +22,7 @@ from ppomax.engine.throughput import Shapes, iteration_work, phase_clock
 
 def run(config: RunConfig) -> None:
     """Trains a critic until critic.stop_loss or train.steps rollouts; writes train.output/hf, a scalar model."""
+    config = with_learned_delimiter(config, config.model.process if config.has_reward("process") else "")
     with open_session(config, "critic", tokenizer_source=config.model.policy) as session:
         prompts = load_prompts(
             config.data,

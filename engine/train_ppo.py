@@ -13,6 +13,7 @@ from ppomax.engine.config import RunConfig
 from ppomax.engine.data.datasets import Dataset, DialogueRow, PromptRow, load_dialogues, load_prompts
 from ppomax.engine.data.order import Order
 from ppomax.engine.errors import CheckpointError, ConfigError, DivergedError
+from ppomax.engine.models.process_model import with_learned_delimiter
 from ppomax.engine.models.roles import Role, load_critic, load_reward_models, load_role
 from ppomax.engine.monitor.actions import Constraint, judge
 from ppomax.engine.monitor.state import MonitorState
@@ -93,6 +94,7 @@ def run(config: RunConfig) -> None:
 
 def iterations(config: RunConfig) -> Iterator[int]:
     """The run, which pauses after each iteration with the number of those that are finished."""
+    config = with_learned_delimiter(config, config.model.process if config.has_reward("process") else "")
     with open_session(config, "ppo", tokenizer_source=config.model.policy) as session:
         ppo, train = config.ppo, config.train
         prompts = _prompts(session, config.data.train)

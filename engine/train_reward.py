@@ -16,6 +16,7 @@ from ppomax.engine.data.datasets import Dataset, PairRow, load_pairs, load_solut
 from ppomax.engine.data.order import Order
 from ppomax.engine.models.heads import head_cross_entropy
 from ppomax.engine.models.hf_config import read_shape
+from ppomax.engine.models.process_model import with_learned_delimiter
 from ppomax.engine.models.roles import Role, as_scalar, grouped_packs, load_policy, load_role
 from ppomax.engine.parallel.pipeline import run_forward_backward
 from ppomax.engine.ppo.evaluation import PairAccuracy, pair_accuracy, pair_sequences
@@ -28,6 +29,7 @@ def run(config: RunConfig) -> None:
     """Trains a reward model on preference pairs, or a process model on labelled steps (reward.labels), from a language
     model or from a scalar model; writes train.output/hf.
     """
+    config = with_learned_delimiter(config, config.model.policy if config.reward.labels == "steps" else "")
     with open_session(config, "reward", tokenizer_source=config.model.policy) as session:
         if config.reward.labels == "steps":
             work = Work(load_solutions, process_gradients, step_accuracy, "solutions")

@@ -86,12 +86,13 @@ def save_hf(
     *,
     dtype: torch.dtype,
     tokenizer: Tokenizer | None = None,
+    step_delimiter: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes a folder that transformers loads; the role's first rank writes. Every rank of the run must call it.
 
     chunks: this rank's. shape: the model's; or, of a model with both heads, that with scalar=True: the scalar head is
-    written, the vocabulary head is not. dtype: of the written tensors.
+    written, the vocabulary head is not. dtype: of the written tensors. step_delimiter: of a process model.
     The folder appears complete or not at all. One that exists is replaced only if an earlier export wrote it.
     Raises CheckpointError on every rank if that rank cannot write.
     """
@@ -109,7 +110,7 @@ def save_hf(
                 writer.add(name, tensor)
         with raise_on_all(CheckpointError, fault):
             if writer:
-                writer.finish(tokenizer)
+                writer.finish(tokenizer, step_delimiter=step_delimiter)
     finally:
         if writer:
             writer.discard()

@@ -64,10 +64,12 @@ class FolderWriter:
         except Exception as error:
             self.fault = error
 
-    def finish(self, tokenizer: Tokenizer | None, *, source: Path | None = None) -> None:
+    def finish(
+        self, tokenizer: Tokenizer | None, *, source: Path | None = None, step_delimiter: str | None = None
+    ) -> None:
         """Writes what is not weights and puts the folder in place; raises what went wrong here or in `add`.
 
-        source: see `write_side_files`.
+        source, step_delimiter: see `write_side_files`.
         """
         if self.fault is not None:
             raise self.fault
@@ -79,7 +81,14 @@ class FolderWriter:
             index = {"metadata": {"total_size": total}, "weight_map": self._file_of}
             write_json(self._folder.partial / INDEX_FILE, index)
         dtype = self._dtypes[EMBEDDING]
-        write_side_files(self._folder.partial, self._shape, dtype, tokenizer=tokenizer, source=source)
+        write_side_files(
+            self._folder.partial,
+            self._shape,
+            dtype,
+            tokenizer=tokenizer,
+            source=source,
+            step_delimiter=step_delimiter,
+        )
         self._folder.commit()
 
     def discard(self) -> None:

@@ -18,14 +18,24 @@ EXPORT_MARK = {"exported_by": "ppomax"}
 
 GENERATION_FILE = "generation_config.json"
 
+STEP_DELIMITER = "step_delimiter"
+"""A field of the config.json of process models (process_model.py)."""
+
 
 def write_side_files(
-    folder: Path, shape: ModelShape, dtype: torch.dtype, *, tokenizer: Tokenizer | None, source: Path | None = None
+    folder: Path,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Tokenizer | None,
+    source: Path | None = None,
+    step_delimiter: str | None = None,
 ) -> None:
     """Writes them into a folder.
 
-    tokenizer: is saved there; gives the special ids. source: a model folder whose special ids, generation_config.json
-    and (unless a tokenizer is given) tokenizer files are taken over as they are.
+    tokenizer: is saved there; gives the special ids. source: a model folder whose special ids, step delimiter,
+    generation_config.json and (unless a tokenizer is given) tokenizer files are taken over as they are. step_delimiter:
+    of a process model.
     """
     ids = special_ids(source) if source else {}
     if tokenizer is not None:
@@ -38,7 +48,9 @@ def write_side_files(
         write_json(folder / GENERATION_FILE, {f"{role}_token_id": ids.get(role) for role in ("bos", "eos", "pad")})
     name = str(dtype).removeprefix("torch.")
     config = config_json(shape, dtype=name, bos_id=ids.get("bos"), eos_id=ids.get("eos"), pad_id=ids.get("pad"))
-    write_json(folder / "config.json", config | EXPORT_MARK)
+    delimiter = read_json(source / "config.json").get(STEP_DELIMITER) if source else step_delimiter
+    own = EXPORT_MARK if delimiter is None else EXPORT_MARK | {STEP_DELIMITER: delimiter}
+    write_json(folder / "config.json", config | own)
 
 
 def special_ids(folder: Path) -> dict[str, Any]:
