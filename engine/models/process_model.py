@@ -3,6 +3,7 @@ uses the model takes it from there.
 """
 
 from pathlib import Path
+from typing import Any
 
 from ppomax.engine.checkpoint_state import read_state
 from ppomax.engine.config import RunConfig
@@ -38,7 +39,7 @@ def delimiter_to_keep(config: RunConfig, role: str) -> str | None:
 
 def delimiter_of_checkpoint(step: Path, role: str) -> str | None:
     """As `delimiter_to_keep`, of a role of a training checkpoint."""
-    config = read_state(step).get("config")
+    config: Any = read_state(step).get("config")
     try:
         is_process = role == "reward" and config["reward"]["labels"] == "steps"
         return config["data"]["step_delimiter"] if is_process else None
