@@ -27,7 +27,7 @@ WRONG_STEPS = 0.4
 """Share of lines of the SFT data whose result is drawn at random."""
 ARMS = {"outcome": 0.0, "process": 1.0 / NUM_ADDITIONS}
 """Weight of the reward per step beside the reward of the answer, of weight 1."""
-NUM_SFT, NUM_PROMPTS, NUM_HELD_OUT = 2000, 2000, 128
+NUM_SFT, NUM_PROMPTS, NUM_HELD_OUT = 12000, 2000, 256
 NUM_ITERATIONS = 40
 
 
@@ -80,7 +80,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1))
     _plot(results, output / "process_rewards.png")
     for row in results:
-        print(row["arm"], row["seed"], [round(x, 3) for x in row["accuracy"]], f"{row['seconds']:.0f} s")
+        half = "never" if row["half"] is None else f"{row['half']:.1f}"
+        print(f"{row['arm']} {row['seed']}: half of the answers right after {half} iterations, {row['seconds']:.0f} s")
+        print("  ", [round(x, 3) for x in row["accuracy"]])
+
+
+def first_at(steps: Sequence[int], values: Sequence[float], level: float) -> float | None:
+    """Where straight lines between the points first reach a level; None where they do not."""
+    for i, value in enumerate(values):
+        if value >= level:
+            if i == 0:
+                return float(steps[0])
+            share = (level - values[i - 1]) / (value - values[i - 1])
+            return steps[i - 1] + share * (steps[i] - steps[i - 1])
+    return None
 
 
 def _config(output: Path, command: str, overrides: list[str]) -> RunConfig:
@@ -90,7 +103,7 @@ def _config(output: Path, command: str, overrides: list[str]) -> RunConfig:
             f"model.tokenizer={output}/tokenizer.json",
             f"data.train={output}/sft.jsonl",
             "model.init={hidden_size=64, num_layers=2, num_heads=4, num_query_groups=4, ffn_hidden_size=128}",
-            "train.steps=300",
+            "train.steps=1200",
             "train.batch_size=64",
             "optim.lr=3e-3",
             "optim.schedule=cosine",
@@ -128,8 +141,9 @@ def _ppo(folder: Path, seed: int, step_weight: float) -> list[str]:
         "sampling.top_p=1.0",
         "sampling.repetition_penalty=1.0",
         "sampling.batch_size=128",
-        "monitor.eval_every=4",
+        "monitor.eval_every=2",
         "monitor.num_samples=2",
+        "monitor.eval_size=256",
     ]
 
 
@@ -169,11 +183,13 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def _result(folder: Path, arm: str, seed: int) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = {r["step"]: r for r in records if r["kind"] == "evaluation"}
+    steps, accuracy = list(evaluations), [r["reward/math"] for r in evaluations.values()]
     return {
         "arm": arm,
         "seed": seed,
-        "step": list(evaluations),
-        "accuracy": [r["reward/math"] for r in evaluations.values()],
+        "half": first_at(steps, accuracy, 0.5),
+        "step": steps,
+        "accuracy": accuracy,
         "right_steps": [r["reward/steps"] for r in evaluations.values()],
         "kl": [r["kl"] for r in evaluations.values()],
         "seconds": json.loads((folder / "seconds.json").read_text()),
