@@ -226,7 +226,7 @@ def rollback_to(session: Session, step: int) -> dict[str, Any] | None:
     with raise_on_all(CheckpointError, f"{session.log.folder}/metrics.jsonl cannot be read"):
         if session.log.is_writer:
             found = [last_rollback(session.log.folder / "metrics.jsonl", step)]
-    dist.broadcast_object_list(found)
+    dist.broadcast_object_list(found, src=0)
     return found[0]
 
 

@@ -5,6 +5,7 @@ tests/monitor/test_rollback.py has the same for one process.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,6 +62,15 @@ def run_with_slow_writers(config: dict[str, Any]) -> int:
     return num_waits
 
 
+def monitor_of(case: Case) -> dict[str, Any]:
+    return {
+        "action": "off",
+        "actions": {"kl_runaway": "rollback"},
+        "limits": {"kl": case.limit},
+        **{"baseline": 1, "window": 1, "confirm": 1, "kl_factor": KL_FACTOR, "lr_factor": LR_FACTOR},
+    }
+
+
 def records(output: Path, kind: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{key: x for key, x in row.items() if key != "seconds"} for row in rows if row["kind"] == kind]
@@ -75,18 +85,12 @@ def test_what_follows_a_rollback_is_a_run_resumed_by_hand(
     on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path: Path, case: Case, layout: str
 ) -> None:
     ours, by_hand = tmp_path / "rolled_back", tmp_path / "by_hand"
-    monitor = {
-        "action": "off",
-        "actions": {"kl_runaway": "rollback"},
-        "limits": {"kl": case.limit},
-        **{"baseline": 1, "window": 1, "confirm": 1, "kl_factor": KL_FACTOR, "lr_factor": LR_FACTOR},
-    }
     shared = {"parallel": LAYOUTS[layout]}
     config = tiny.config(
         "ppo",
         ours,
         train={"steps": case.alarm},
-        monitor=monitor,
+        monitor=monitor_of(case),
         checkpoint={"every": case.every, "keep": 9},
         optim={"warmup_steps": case.warmup},
         **shared,
@@ -120,3 +124,26 @@ def test_what_follows_a_rollback_is_a_run_resumed_by_hand(
         theirs = load_file(path)
         for name, weight in load_file(ours / path.relative_to(by_hand)).items():
             assert torch.equal(weight, theirs[name]), name
+
+
+def test_ranks_that_are_killed_after_a_rollback_go_on_tightened(
+    on_ranks: Callable[..., list[Any]], tiny: Any, tmp_path: Path
+) -> None:
+    """Of what follows the rollback no checkpoint is left: first rank and others learn of it from its record."""
+    output, case = tmp_path / "run", LATER_UNDER_WAY
+    config = tiny.config(
+        "ppo",
+        output,
+        train={"steps": case.alarm, "resume": "auto"},
+        monitor=monitor_of(case),
+        checkpoint={"every": 1, "keep": 9},
+    )
+    on_ranks(2, run_with_slow_writers, config, timeout=500)
+    before = [records(output, kind) for kind in ("ppo", "event", "rollback")]
+    for path in [*(output / "checkpoints").glob("step_*"), *output.glob("*hf")]:
+        if path.name != f"step_{case.healthy:08d}":
+            shutil.rmtree(path)
+    on_ranks(2, run_with_slow_writers, config, timeout=500)
+    assert [records(output, kind) for kind in ("ppo", "event", "rollback")] == before
+    gone = [json.loads(line)["step"] for line in (output / "metrics.superseded.jsonl").read_text().splitlines()]
+    assert gone == list(range(case.healthy + 1, case.alarm + 1))
