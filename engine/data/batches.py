@@ -5,6 +5,7 @@ Everything here is a pure function of lengths that every rank knows, so all rank
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -103,12 +104,12 @@ def make_packs(
 def _make_pack(sequences: Sequence[Tensor], rows: Rows, members: Sequence[int], padding: int) -> Pack:
     parts = [sequences[i] for i in members]
     lengths = [part.numel() for part in parts]
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    picked = [rows.rows[i] + start for i, start in zip(members, starts, strict=False)]
-    labels = [rows.labels[i] for i in members]
-    index = [rows.index[i] for i in members]
+    starts = [0, *accumulate(lengths)]
+    own_rows, labels, index = ([part[i] for i in members] for part in (rows.rows, rows.labels, rows.index))
+    num_rows = [part.numel() for part in own_rows]
+    empty = torch.zeros(0, dtype=torch.int64)
+    # One operation for all sequences, here and below, instead of one for each.
+    picked = torch.cat([empty, *own_rows]) + _repeated(starts[: len(members)], num_rows)
     # Padding becomes sequences of its own, none longer than the longest real one.
     piece = max([*lengths, 1]) if lengths else padding
     while padding > 0:
@@ -116,30 +117,32 @@ def _make_pack(sequences: Sequence[Tensor], rows: Rows, members: Sequence[int], 
         parts.append(torch.zeros(length, dtype=torch.int64))
         lengths.append(length)
         padding -= length
-    empty = torch.zeros(0, dtype=torch.int64)
+    cu_seqlens = [0, *accumulate(lengths)]
     return Pack(
         tokens=torch.cat(parts),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        positions=torch.arange(cu_seqlens[-1]) - _repeated(cu_seqlens[:-1], lengths),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
         max_seqlen=max(lengths),
-        rows=torch.cat([empty, *picked]),
+        rows=picked,
         labels=torch.cat([empty, *labels]),
         index=torch.cat([empty, *index]),
         sequences=tuple(members),
     )
 
 
+def _repeated(values: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """[sum of counts] int64: each value as often as its count says."""
+    return torch.tensor(values, dtype=torch.int64).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+
+
 def response_rows(tokens: Tensor, mask: Tensor) -> Rows:
     """Rows of the kept columns of mask [B, T]: column t is computed at position t, labelled tokens[:, t + 1], index b *
     T + t.
     """
-    num_columns = mask.shape[1]
-    columns = [row.nonzero().squeeze(1) for row in mask]
-    return Rows(
-        rows=columns,
-        labels=[tokens[b, column + 1] for b, column in enumerate(columns)],
-        index=[b * num_columns + column for b, column in enumerate(columns)],
-    )
+    b, column = mask.nonzero(as_tuple=True)
+    counts = mask.sum(1).tolist()
+    labels, index = tokens[b, column + 1], b * mask.shape[1] + column
+    return Rows(*(x.split(counts) for x in (column, labels, index)))
 
 
 def end_rows(is_end: Tensor) -> Rows:
@@ -156,11 +159,8 @@ def end_rows(is_end: Tensor) -> Rows:
 
 def last_token_rows(lengths: Sequence[int]) -> Rows:
     """One row per sequence, at its last token, without a label; index is the sequence."""
-    return Rows(
-        rows=[torch.tensor([length - 1]) for length in lengths],
-        labels=[torch.tensor([-1])] * len(lengths),
-        index=[torch.tensor([b]) for b in range(len(lengths))],
-    )
+    last = torch.tensor([length - 1 for length in lengths], dtype=torch.int64)
+    return Rows(*(x.split(1) for x in (last, torch.full_like(last, -1), torch.arange(len(lengths)))))
 
 
 def unpad(tokens: Tensor, lengths: Tensor) -> list[Tensor]:
