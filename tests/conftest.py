@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,6 +27,10 @@ if not torch.cuda.is_available():
 from ppomax.engine.models.hf_config import config_json
 from ppomax.engine.models.hf_reader import RandomReader
 from ppomax.engine.models.shape import ModelShape
+
+# An example that takes long is no fault: on a busy machine any may.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 BOS, EOS, PAD = 274, 275, 276
 LIKELY_BYTES = slice(64, 74)  # "abcdefghij": a byte-level vocabulary starts with "!"
