@@ -12,11 +12,10 @@ from ppomax.engine.config_file import load_config
 STAGES = ("base", "sft", "reward", "critic")
 """Of one seed, in order: a language model of the sentences, answers, the annotators' preferences, a critic for the SFT
 policy."""
-NUM_ITERATIONS = 40
-EVAL_EVERY = 4
+NUM_ITERATIONS = 54
 MAX_NEW_TOKENS = 40
 
-MONITOR: tuple[str, ...] = ()
+MONITOR = ("monitor.limits.kl=0.18", "monitor.limits.length_growth=1.44", "monitor.limits.repetition=0.017")
 """Settings of the monitor for this model and task, fixed on `vanilla` and `ppo_max` with seeds 0 to 2
 (docs/reproduction.md). The default limits are of the paper's 7B model."""
 
@@ -29,15 +28,18 @@ _MAX = ("ppo.kl_coef=0.2", "ppo.ptx_coef=0.1")
 
 @dataclass(frozen=True)
 class Arm:
-    """settings: over those of the preset ppo_max. critic: what it starts from; policy: base or SFT model."""
+    """settings: over those of the preset ppo_max. critic: what it starts from; policy: base or SFT model. eval_every:
+    iterations from one held-out evaluation to the next.
+    """
 
     settings: tuple[str, ...]
     critic: Literal["reward", "pretrained", "sft"] = "reward"
     policy: Literal["sft", "base"] = "sft"
+    eval_every: int = 6
 
 
 ARMS = {
-    "vanilla": Arm(_VANILLA),
+    "vanilla": Arm(_VANILLA, eval_every=3),
     "ppo_max": Arm(_MAX, critic="pretrained"),
     "kl": Arm(_KL),
     "reward_scale": Arm((*_VANILLA, "ppo.reward_scaling=scale")),
@@ -116,10 +118,10 @@ def arm_config(folder: Path, name: str, seed: int, *, num_iterations: int = NUM_
         f"ppo.critic_init={'sft' if arm.critic == 'sft' else 'reward'}",
         f"train.steps={num_iterations}",
         "train.log_every=5",
-        "optim.lr=3e-4",
+        "optim.lr=1.5e-4",
         "optim.critic_lr=1e-3",
         "optim.schedule=constant",
-        f"monitor.eval_every={EVAL_EVERY}",
+        f"monitor.eval_every={arm.eval_every}",
         "monitor.eval_size=96",
         "monitor.num_samples=96",
         *MONITOR,

@@ -118,7 +118,7 @@ def _base_fails(runs: BySeed) -> bool:
 FINDINGS = (
     Finding(
         "4",
-        "vanilla PPO: the reward triples while the win rate falls from 63 % to 23 %",
+        "vanilla PPO: the reward goes from 3 to 15 while the win rate falls from 63 % to 23 %",
         "gold collapses, held-out reward ends above that at the best gold",
         ("vanilla",),
         _over_optimises,

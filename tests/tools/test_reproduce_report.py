@@ -109,7 +109,10 @@ def runs(tmp_path: Path) -> list[Run]:
 
 def test_a_finding_counts_the_seeds_that_have_its_arms(runs: list[Run]) -> None:
     told = {verdict.finding.paper: verdict.text for verdict in verdicts(runs)}
-    assert told["vanilla PPO: the reward triples while the win rate falls from 63 % to 23 %"] == "yes, 3 of 3 seeds"
+    assert (
+        told["vanilla PPO: the reward goes from 3 to 15 while the win rate falls from 63 % to 23 %"]
+        == "yes, 3 of 3 seeds"
+    )
     assert told["PPO-max is stable, its KL reaches a plateau"] == "partly, 2 of 3 seeds"
     assert told["the plotted perplexity falls from 1.017 to 1.001"] == "no, 0 of 3 seeds"
     assert told["lambda 0 collapses"] == "not run"
