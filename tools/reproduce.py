@@ -22,7 +22,10 @@ from ppomax.tools.reproduce_jobs import PREPARE, Job, is_finished, log_file, run
 from ppomax.tools.reproduce_report import FITTED_SEEDS, MAIN_ARMS, write_report
 
 UNSEEN_SEEDS = (3, 4, 5)
-PRELOADED = tuple(f"ppomax.engine.train_{stage}" for stage in ("sft", "reward", "critic", "ppo"))
+PRELOADED = (
+    *(f"ppomax.engine.train_{stage}" for stage in ("sft", "reward", "critic", "ppo")),
+    "ppomax.tools.reproduce_jobs",
+)
 """Imported once, by the process that those of the runs are forked from: it takes as long as a third of a run."""
 
 
