@@ -115,7 +115,6 @@ def seconds_of_parts(events: Sequence[Event], timing: Mapping[str, float]) -> di
         own = {name: sum(e.end - e.start for e in events if e.name == name) for name in SPANS[phase]}
         found |= {name: seconds for name, seconds in own.items() if seconds > 0}
         found[REST[phase]] = max(0.0, whole - sum(own.values()))
-    found["other"] = timing["other_seconds"]
     return found
 
 

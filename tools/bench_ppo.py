@@ -241,6 +241,7 @@ def details(
     own = by_iteration([*(event for events in traces[0] for event in events), *parts.events])[counted]
     each = [seconds_of_parts(events, line) for events, line in zip(own, timing[counted], strict=True)]
     seconds = {name: statistics.median(one.get(name, 0.0) for one in each) for name in each[-1]}
+    seconds["other"] = result["seconds"] - sum(seconds.values())  # timing.jsonl has the time between turns there
     needed = least(work, config, result["response_length"], result["longest_response"])
     last = [own[-1], *(events[counted][-1] for events in traces[1:])]
     return {

@@ -17,7 +17,7 @@ EVENTS = [
     *(Event("policy gradients", 13, 14), Event("policy gradients", 15, 17)),
     *(Event("rollout", 20, 30), Event("prefill", 20, 21)),
 ]
-TIMING = {"rollout_seconds": 10.0, "scoring_seconds": 3.0, "update_seconds": 5.0, "other_seconds": 0.5}
+TIMING = {"rollout_seconds": 10.0, "scoring_seconds": 3.0, "update_seconds": 5.0}
 
 
 def test_a_trace_is_read_back(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_parts_add_up_to_their_phases() -> None:
     found = seconds_of_parts(EVENTS[:6], TIMING)
     assert found == {
         **{"prefill": 2, "decoding": 6, "rest of the rollout": 2, "critic values": 2, "experience": 1},
-        **{"policy gradients": 3, "optimizer": 2, "checkpoint": 0, "other": 0.5},
+        **{"policy gradients": 3, "optimizer": 2, "checkpoint": 0},
     }
     assert sum(found.values()) == sum(TIMING.values())
 
