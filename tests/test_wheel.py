@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_module(wheel):
-    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".c", ".js", ".css"))}
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".c", ".h", ".js", ".css"))}
     sources = [*python_files(), *(ROOT / "kernels").glob("cpu_*"), *(ROOT / "tools/report_assets").iterdir()]
     assert inside == {f"ppomax/{path.relative_to(ROOT).as_posix()}" for path in sources}
 
