@@ -158,7 +158,8 @@ def kept_for_backward(layout: ParallelLayout, recompute: str, sequence_parallel:
 
     start(60)
     groups = make_groups({"policy": layout})["policy"]
-    config = RunConfig.model_validate({"model": {"recompute": recompute}})
+    # As kernels of GPUs do, SDPA keeps the rotated queries and keys; the CPU's kernel keeps the projection alone.
+    config = RunConfig.model_validate({"model": {"recompute": recompute, "attention": "sdpa"}})
     (chunk,) = build_chunks(config.model, DENSE, groups, sequence_parallel=sequence_parallel)
     for parameter in chunk.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
