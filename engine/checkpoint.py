@@ -29,17 +29,22 @@ SHARDING = "fully_reshardable"
 """Megatron's default sharding of the optimizer cannot be saved in 0.16; this one loads under any layout."""
 
 
-def plan_role(role: Role, folder: Path, *, check: bool) -> SavePlanOfRole:
+def plan_role(role: Role, folder: Path, before: SavePlanOfRole | None = None) -> SavePlanOfRole:
     """What each rank writes of a role. Its weights and optimizer state must be held. Collective over all ranks.
 
-    check: see `plan_save`.
+    before: this role's plan of an earlier save of the run, on all ranks or none. Weights and state stay where they are
+    for the life of a role, so all but the optimizer's step counts and settings is still true: a plan costs more time
+    than the copy of a model of a gigabyte.
     """
+    if before is not None:
+        optimizer = role.groups.give_object_to_all(_optimizer_settings(role) if role.is_here else {})
+        return before.again(folder, {"optimizer": optimizer})
     state = _sharded_state(role, loading=False)
     # What is not split, rank 0 writes: also where the role is not on it.
     _, common = extract_sharded_base(state)
     common = role.groups.give_object_to_all(common)
     content_metadata = {"distrib_optim_sharding_type": SHARDING}
-    return plan_save(state if role.is_here else common, folder, content_metadata, check=check)
+    return plan_save(state if role.is_here else common, folder, content_metadata)
 
 
 def load_checkpoint(checkpoint: VerifiedCheckpoint, roles: Mapping[str, Role]) -> tuple[dict[str, Any], list[str]]:
@@ -115,10 +120,17 @@ def _sharded_state(role: Role, *, loading: bool) -> dict[str, Any]:
         for number, chunk in enumerate(role.chunks)
     }
     assert role.optimizer is not None
-    if not loading:
-        optimizer = role.optimizer.state_to_save(model) | {"param_state_sharding_type": SHARDING}
-        return {"model": model, "optimizer": optimizer}
-    return {"model": model, "optimizer": role.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
+    if loading:
+        optimizer = role.optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)
+    else:
+        optimizer = {**_optimizer_settings(role), "param_state": role.optimizer.state_to_save(model)}
+    return {"model": model, "optimizer": optimizer}
+
+
+def _optimizer_settings(role: Role) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizer that is not split: settings and step counts."""
+    assert role.optimizer is not None
+    return role.optimizer.state_dict() | {"param_state_sharding_type": SHARDING}
 
 
 def _plain(value: Any) -> Any:

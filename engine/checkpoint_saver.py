@@ -93,7 +93,7 @@ class Saver:
         # The run leaves them: they are damaged, or another one was named. Its first own checkpoint sets them aside.
         self._superseded = tuple(path for path in list_checkpoints(folder) if step_of(path) > start)
         self._kept: tuple[Path, ...] = ()
-        self._checked: set[str] = set()
+        self._plans: dict[str, SavePlanOfRole] = {}
         self._under_way: _Save | None = None
 
     def save(
@@ -125,18 +125,15 @@ class Saver:
                 if dist.get_rank() == 0:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
-        plans = {}
         for name, role in roles.items():
             with role.memory.resident("weights", "optimizer"):
-                plans[name] = plan_role(role, partial / name, check=name not in self._checked)
-                if plans[name].tensors:
-                    self._writer.add(partial / name / plans[name].file, plans[name].tensors)
-            plans[name] = plans[name].without_tensors()
-        self._checked |= set(roles)
+                plan = self._plans[name] = plan_role(role, partial / name, self._plans.get(name))
+                if plan.tensors:
+                    self._writer.add(partial / name / plan.file, plan.tensors)
         self._writer.start()
         shapes = {name: asdict(role.shape) for name, role in sorted(roles.items())}
         whole = {"format": FORMAT, "step": step, "roles": shapes, **content}
-        self._under_way = _Save(step, final, partial, plans, whole)
+        self._under_way = _Save(step, final, partial, {name: self._plans[name] for name in roles}, whole)
 
     def poll(self) -> None:
         """Between steps: goes on with a save where all ranks can. Collective over all ranks; raises CheckpointError."""

@@ -13,6 +13,7 @@ import megatron.core.optimizer.distrib_optimizer as megatron_distributed
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -197,14 +198,15 @@ class FlatAdamW(DistributedOptimizer):
         for group in self.param_groups:
             group["step"] += 1
 
-    def state_to_save(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """What this rank saves: the checkpoint that Megatron calls "fully_reshardable", of views of what lies here; its
-        own way gathers all state on all replicas. model: the sharded state of the chunks' weights.
+    def state_to_save(self, model: Mapping[str, Any]) -> dict[int, ShardedTensor]:
+        """Main weights and moments that this rank saves: those of the checkpoint that Megatron calls
+        "fully_reshardable", as views of what lies here; its own way gathers all state on all replicas. model: the
+        sharded state of the chunks' weights.
         """
         wholes, _ = extract_sharded_tensors_and_factories(model)
         of_parameter = {id(whole.data): whole for whole in nested_values(wholes)}
         maps = [bucket["param_map"] for ranges in self.gbuf_ranges for bucket in next(iter(ranges.values()))]
-        pieces = [
+        pieces = (
             piece
             for shard, param_map in zip(self.shards, maps, strict=True)
             for parameter, ranges in param_map.items()
@@ -221,8 +223,8 @@ class FlatAdamW(DistributedOptimizer):
                     )
                 },
             )
-        ]
-        return {**self.state_dict(), "param_state": dict(enumerate(pieces))}
+        )
+        return dict(enumerate(pieces))
 
     def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
         """Megatron's, with the padding between buckets that its caller counts.

@@ -5,7 +5,7 @@ weights themselves into shared memory there, and keep server processes. The plan
 Megatron's and torch's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 class SavePlanOfRole:
     """file: what this rank writes; it holds `tensors` in their order. metadata: of all ranks; on rank 0 alone.
 
-    common: what is not split. tensors: views of what is trained, on its device: only until the next step.
+    common: what is not split. tensors: views of what is trained, where it lies: with the values of the moment.
     """
 
     folder: Path
@@ -40,13 +40,11 @@ class SavePlanOfRole:
     items: tuple[WriteItem, ...]
     tensors: tuple[Tensor, ...]
     common: dict[str, Any]
-    storage: "_Storage"
     metadata: Metadata | None
 
-    def without_tensors(self) -> "SavePlanOfRole":
-        """The rest, once they are copied or written."""
-        self.storage.tensors = ()
-        return replace(self, tensors=())
+    def again(self, folder: Path, common: Mapping[str, Any]) -> "SavePlanOfRole":
+        """The next save of the same tensors. common: what of it has changed."""
+        return replace(self, folder=folder, common={**self.common, **common})
 
     def results(self, extents: Sequence[tuple[int, int]]) -> list[WriteResult]:
         """Where the tensors lie, for `.metadata`. extents: first byte and number of bytes of each in the file."""
@@ -59,24 +57,24 @@ class SavePlanOfRole:
         """Writes all that is not a tensor. results: of all ranks. On rank 0 alone."""
         assert self.metadata is not None
         torch.save(self.common, self.folder / "common.pt")
-        self.storage.finish(self.metadata, results)
+        FileSystemWriterAsync(self.folder).finish(self.metadata, results)
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
 
 
-def plan_save(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any], *, check: bool) -> SavePlanOfRole:
-    """Plans the save of a sharded state. Collective over all ranks of the run.
+def plan_save(state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) -> SavePlanOfRole:
+    """Plans the save of a sharded state, and checks that all ranks together hold each tensor once. Collective over all
+    ranks of the run.
 
-    state: of this rank; what is not split must be the same on all ranks. check: that all ranks together hold each
-    tensor once; once per run is enough.
+    state: of this rank; what is not split must be the same on all ranks.
     """
-    sharded, common = save_preprocess({**state, _CONTENT_METADATA_KEY: content_metadata}, check)
+    sharded, common = save_preprocess({**state, _CONTENT_METADATA_KEY: content_metadata})
     sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     storage = _Storage(folder, thread_count=1)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     (_, metadata, _), *_ = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(sharded, False), storage, None, 0, planner=planner
     )
-    return SavePlanOfRole(folder, storage.file, storage.items, storage.tensors, common, storage, metadata)
+    return SavePlanOfRole(folder, storage.file, storage.items, storage.tensors, common, metadata)
 
 
 class _Storage(FileSystemWriterAsync):

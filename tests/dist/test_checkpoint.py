@@ -86,6 +86,41 @@ def adam_after_load(folder: str, config: dict[str, Any], vocab_size: int) -> tup
     return changes, [(tuple(group["betas"]), group["eps"], group["weight_decay"], group["step"]) for group in groups]
 
 
+def folders_of_second_saves(config: dict[str, Any], vocab_size: int, folder: str) -> None:
+    """Saves policy and critic twice with one Saver, all numbers changed in between, and then once with another."""
+    from ppomax.engine.checkpoint_folders import Retention
+    from ppomax.engine.checkpoint_saver import Saver
+    from ppomax.engine.checkpoint_writers import InlineWriter
+    from ppomax.engine.config import RunConfig
+    from ppomax.engine.models.roles import load_critic, load_policy, role_groups
+    from ppomax.engine.parallel.device import start
+
+    start(60)
+    run_config = RunConfig.model_validate(config)
+    groups = role_groups(run_config)
+    roles = {
+        "policy": load_policy(run_config, groups["policy"], vocab_size, trained=True),
+        "critic": load_critic(run_config, groups["critic"]),
+    }
+    savers = [
+        Saver(f"{folder}/{name}", InlineWriter(), Retention(5), resumed=None, timeout_seconds=60)
+        for name in ("one", "other")
+    ]
+    savers[0].save(1, roles, {"state": {}})
+    for role in roles.values():
+        with torch.no_grad(), role.memory.resident("weights", "optimizer"):
+            for chunk in role.chunks:
+                for parameter in chunk.parameters():
+                    parameter += 1.5
+            if role.optimizer is not None:
+                for tensor in role.optimizer.state_tensors():
+                    tensor += 2.5
+                role.optimizer.count_step()
+    for saver in savers:
+        saver.save(2, roles, {"state": {}})
+        saver.finish()
+
+
 def last_record(output: Path) -> dict[str, float]:
     record = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
     return {name: value for name, value in record.items() if name != "seconds"}
@@ -199,6 +234,51 @@ def test_other_stages_resume_bitwise_from_their_newest_checkpoint(
     assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     assert last_record(output) == straight[0]
     assert all(torch.equal(weight, straight[1][name]) for name, weight in weights(output).items())
+
+
+@pytest.mark.parametrize(
+    ("layout", "offload"),
+    [
+        ("dp2", "all"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("one_process", "none"),
+                ("tp2_pp2", "optimizer"),
+                ("pp2_tied", "all"),
+                ("critic_first", "none"),
+            )
+        ),
+    ],
+)
+def test_later_saves_hold_what_a_first_save_would(
+    on_ranks: OnRanks, tiny: Any, tmp_path: Path, layout: str, offload: str
+) -> None:
+    """They go by the plan of the first."""
+    num_ranks, parallel = LAYOUTS[layout]
+    config = tiny.config("ppo", tmp_path / "run", tied="tied" in layout, parallel={**parallel, "offload": offload})
+    on_ranks(num_ranks, folders_of_second_saves, config, 277, str(tmp_path))
+    first, one, other = (tmp_path / name for name in ("one/step_00000001", "one/step_00000002", "other/step_00000002"))
+    files = sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    # Pickles of equal content differ in which objects they share, and the manifest has their checksums.
+    for file in files:
+        if file.name == ".metadata":
+            ours, theirs = (pickle.loads((path / file).read_bytes()) for path in (one, other))
+            assert ours.storage_data == theirs.storage_data
+            assert ours.state_dict_metadata == theirs.state_dict_metadata
+        elif file.name == "common.pt":
+            ours, theirs = (torch.load(path / file, weights_only=True) for path in (one, other))
+            assert ours == theirs
+        elif file.name != "manifest.json":
+            assert (one / file).read_bytes() == (other / file).read_bytes(), file
+    data = [file for file in files if file.suffix == ".distcp"]
+    assert len(data) >= 2
+    assert all((first / file).read_bytes() != (one / file).read_bytes() for file in data)
+    steps = [
+        torch.load(path / "policy/common.pt", weights_only=True)["optimizer"]["optimizer"] for path in (first, one)
+    ]
+    assert [{group["step"] for group in step["param_groups"]} for step in steps] == [{0}, {1}]
 
 
 def test_a_checkpoint_holds_no_pickled_objects(straight) -> None:
