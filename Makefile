@@ -33,8 +33,8 @@ quickstart: venv ## all five stages on the embedded data; results in runs/quicks
 reproduce: venv ## the paper's figures in small, vanilla PPO beside PPO-max; goes on where it was interrupted; report in runs/reproduce
 	$(BIN)/python -m ppomax.tools.reproduce runs/reproduce $(ARGS)
 
-test: venv ## the tests of every change
-	$(BIN)/python -m pytest
+test: venv ## the tests of every change, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: venv ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"

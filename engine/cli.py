@@ -7,6 +7,7 @@ the configuration before anything heavy is imported, and turns each error into a
 import argparse
 import difflib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -105,6 +106,10 @@ def leave(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    if code == 0:
+        # All is done. While the interpreter ends it would die of a request to stop, and torchrun report a failure.
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)
     sys.exit(code)
 
 

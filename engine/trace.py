@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ class Trace:
 
     def add(self, name: str, start: int, end: int) -> None:
         """start, end: nanoseconds since the epoch."""
-        event = {"name": name, "ph": "X", "pid": self._rank, "tid": 0, "ts": start / 1000, "dur": (end - start) / 1000}
+        thread = int(threading.current_thread() is not threading.main_thread())
+        event = {"name": name, "ph": "X", "pid": self._rank, "tid": thread}
+        event |= {"ts": start / 1000, "dur": (end - start) / 1000}
         with self._path.open("a") as file:
             file.write(json.dumps(event) + ",\n")
 

@@ -16,6 +16,19 @@
 #define KEYS 64 // keys whose scores are held at a time; blocks count from the start of each context
 #define ROWS 64 // query rows (queries times heads) that a thread takes through the keys together
 
+// One step of AdamW in place; see adamw_reference.py. correction: of the root of the second moment.
+void adamw(float *params, const float *grads, float *exp_avg, float *exp_avg_sq, int64_t count, float grad_scale,
+           float one_less_beta1, float beta2, float one_less_beta2, float correction, float eps, float kept, float rate,
+           int threads) {
+#pragma omp parallel for simd THREADS(4 * count)
+  for (int64_t i = 0; i < count; i++) {
+    const float g = grads[i] * grad_scale;
+    const float m = exp_avg[i] + one_less_beta1 * (g - exp_avg[i]), v = exp_avg_sq[i] * beta2 + one_less_beta2 * g * g;
+    exp_avg[i] = m, exp_avg_sq[i] = v;
+    params[i] = params[i] * kept + rate * m / (sqrtf(v) / correction + eps);
+  }
+}
+
 // scales [rows] gets the factors of the rows, unless it is null.
 void rms_norm(const float *x, int64_t x_stride, const float *weight, float *y, float *scales, int64_t rows,
               int64_t size, float eps, int threads) {

@@ -35,6 +35,7 @@ COMPILE_SECONDS = 120
 
 
 SIGNATURES = {
+    "adamw": "ppppi" + "ffffffff",
     "rms_norm": "pipppiif",
     "rms_norm_backward": "pipippppii",
     "swiglu": "pipii",

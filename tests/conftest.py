@@ -11,6 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of two test processes that wait for each other on two cores would spend the time that they save.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
@@ -31,6 +35,16 @@ from ppomax.engine.models.shape import ModelShape
 # An example that takes long is no fault: on a busy machine any may.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist tests of one file stay in one process, and all that start ranks in the same."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "dist" if item.get_closest_marker("dist") else item.path.as_posix()
+            item.add_marker(pytest.mark.xdist_group(group))
+
 
 BOS, EOS, PAD = 274, 275, 276
 LIKELY_BYTES = slice(64, 74)  # "abcdefghij": a byte-level vocabulary starts with "!"

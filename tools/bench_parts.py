@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,9 +113,19 @@ def seconds_of_parts(events: Sequence[Event], timing: Mapping[str, float]) -> di
     found: dict[str, float] = {}
     for phase in ("rollout", "scoring", "update", "checkpoint"):
         whole = timing.get(f"{phase}_seconds", 0.0)
-        own = {name: sum(e.end - e.start for e in events if e.name == name) for name in SPANS[phase]}
-        found |= {name: seconds for name, seconds in own.items() if seconds > 0}
+        own = _shared([event for event in events if event.name in SPANS[phase]])
+        found |= {name: own[name] for name in SPANS[phase] if own.get(name, 0.0) > 0}
         found[REST[phase]] = max(0.0, whole - sum(own.values()))
+    return found
+
+
+def _shared(events: Sequence[Event]) -> dict[str, float]:
+    """Seconds by name; a time that several events have in common counts for each in equal parts."""
+    found: dict[str, float] = {}
+    for begin, end in pairwise(sorted({moment for event in events for moment in (event.start, event.end)})):
+        under_way = [event.name for event in events if event.start <= begin and end <= event.end]
+        for name in under_way:
+            found[name] = found.get(name, 0.0) + (end - begin) / len(under_way)
     return found
 
 

@@ -1,5 +1,6 @@
 """The four roles of RLHF: built, loaded, frozen or trained."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -218,9 +219,15 @@ def _memory(chunks: list[PackedModel], optimizer: FlatAdamW | None, offload: Off
     return memory
 
 
-def role_packs(role: Role, sequences: Sequence[Tensor], rows: Rows, tokens_per_microbatch: int) -> list[Pack]:
-    """The packs of this rank's replica for a global list of sequences; the same split on every rank of the replica."""
-    return grouped_packs(role, sequences, rows, [(i,) for i in range(len(sequences))], tokens_per_microbatch)
+def role_packs(
+    role: Role, sequences: Sequence[Tensor], rows: Rows, tokens_per_microbatch: int, *, multiple_of: int = 1
+) -> list[Pack]:
+    """The packs of this rank's replica for a global list of sequences; the same split on every rank of the replica.
+
+    multiple_of: what their number is to be a multiple of.
+    """
+    units = [(i,) for i in range(len(sequences))]
+    return grouped_packs(role, sequences, rows, units, tokens_per_microbatch, multiple_of=multiple_of)
 
 
 def grouped_packs(
@@ -229,6 +236,8 @@ def grouped_packs(
     rows: Rows,
     units: Sequence[tuple[int, ...]],
     tokens_per_microbatch: int,
+    *,
+    multiple_of: int = 1,
 ) -> list[Pack]:
     """As role_packs, where the sequences of one unit (the two of a preference pair) stay in one pack, in order."""
     check_vocabulary(role, max((int(sequence.max()) for sequence in sequences), default=0))
@@ -236,7 +245,8 @@ def grouped_packs(
     lengths = [sum(sequences[i].numel() for i in unit) for unit in units]
     # The interleaved schedule takes micro-batches in groups of as many as there are stages.
     group_size = layout.pp if layout.vpp > 1 else 1
-    mine = balance(lengths, layout.dp, tokens_per_microbatch, multiple_of=group_size)[role.groups.dp_rank]
+    whole = math.lcm(group_size, multiple_of)
+    mine = balance(lengths, layout.dp, tokens_per_microbatch, multiple_of=whole)[role.groups.dp_rank]
     return make_packs(
         sequences,
         rows,

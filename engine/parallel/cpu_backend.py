@@ -123,4 +123,9 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    enter()
+
+
+def enter() -> None:
+    """Puts the mode before torch's functions in this thread, for the life of it: each thread has modes of its own."""
     _CudaMeansCpu().__enter__()

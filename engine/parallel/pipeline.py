@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ppomax.engine.data.batches import Pack
 from ppomax.engine.parallel.groups import RoleGroups
+from ppomax.engine.parallel.side_by_side import can_share_threads, side_by_side
 
 
 class LossFunction(Protocol):
@@ -38,8 +39,8 @@ def run_forward(
     """Runs `compute` on the rows of every pack of every replica; returns [num_outputs, width] float32 on every rank.
 
     chunks: this rank's, in order. packs: those of this replica; replicas have equally many.
-    compute: hidden [M, H] -> [M] or [M, width] on the last stage. Places that no row's index names are 0. Collective
-    over all ranks of the role.
+    compute: hidden [M, H] -> [M] or [M, width] on the last stage; on a CPU two packs may be computed at the same time.
+    Places that no row's index names are 0. Collective over all ranks of the role.
     """
     device = next(chunks[0].parameters()).device
     for chunk in chunks:
@@ -55,7 +56,14 @@ def run_forward(
 
         return chunk(pack), store
 
-    _run_schedule(chunks, groups, packs, forward_step, forward_only=True)
+    @torch.no_grad()
+    def run(some: Sequence[Pack]) -> None:
+        _run_schedule(chunks, groups, some, forward_step, forward_only=True)
+
+    if can_share_threads() and len(packs) > 1:
+        side_by_side(lambda: run(packs[::2]), lambda: run(packs[1::2]))
+    else:
+        run(packs)
     dist.all_reduce(outputs, group=groups.results)
     return outputs
 

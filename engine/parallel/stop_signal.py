@@ -54,8 +54,9 @@ class StopSignal:
             return
         self._is_listening = False
         signal.set_wakeup_fd(self._fd)
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
+        if not self.asked:  # else the request may come once more, from a scheduler, torchrun or a script
+            for signum, handler in self._handlers.items():
+                signal.signal(signum, handler)
         os.write(self._write, _CLOSE)
         self._thread.join()
         os.close(self._pipe)
@@ -79,9 +80,11 @@ class StopSignal:
     def _watch(self) -> None:
         first = math.inf  # SIGTERM
         deadline: float | None = None
+        pipe = select.poll()  # select() takes no file descriptor above 1023
+        pipe.register(self._pipe, select.POLLIN)
         while True:
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._pipe], [], [], timeout)[0]:
+            timeout = None if deadline is None else 1000 * max(0.0, deadline - time.monotonic())
+            if not pipe.poll(timeout):
                 _end(f"no step ended within train.stop_seconds = {self.grace_seconds:g} of SIGTERM")
             for byte in os.read(self._pipe, 64):
                 now = time.monotonic()

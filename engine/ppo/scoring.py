@@ -14,6 +14,7 @@ from ppomax.engine.data.batches import Pack, Rows, end_rows, last_token_rows, re
 from ppomax.engine.models.heads import head_logprobs
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward
+from ppomax.engine.parallel.side_by_side import can_share_threads
 from ppomax.engine.ppo.types import Rewards, Rollout, take_rows
 from ppomax.engine.rewards.mixture import RewardMix
 from ppomax.engine.trace import Trace, span
@@ -28,7 +29,7 @@ def token_logprobs(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) 
     if not role.is_here:
         return torch.zeros(shape, device=role.device), torch.zeros(shape, device=role.device)
     sequences, rows = _response_sequences(rollout)
-    packs = role_packs(role, sequences, rows, tokens_per_microbatch)
+    packs = _packs(role, sequences, rows, tokens_per_microbatch)
 
     def compute(hidden: Tensor, pack: Pack) -> Tensor:
         return torch.stack(head_logprobs(role, hidden, pack.labels), dim=-1)
@@ -45,7 +46,7 @@ def token_values(role: Role, rollout: Rollout, *, tokens_per_microbatch: int) ->
     if not role.is_here:
         return torch.zeros(rollout.response_mask.shape, device=role.device)
     sequences, rows = _response_sequences(rollout)
-    packs = role_packs(role, sequences, rows, tokens_per_microbatch)
+    packs = _packs(role, sequences, rows, tokens_per_microbatch)
     num_outputs = rollout.response_mask.numel()
     with role.memory.resident("weights"):
         values = run_forward(
@@ -59,7 +60,7 @@ def sequence_scores(role: Role, sequences: Sequence[Tensor], *, tokens_per_micro
     if not role.is_here:
         return torch.zeros(len(sequences), device=role.device)
     rows = last_token_rows([sequence.numel() for sequence in sequences])
-    packs = role_packs(role, sequences, rows, tokens_per_microbatch)
+    packs = _packs(role, sequences, rows, tokens_per_microbatch)
     with role.memory.resident("weights"):
         scores = run_forward(
             role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), len(sequences)
@@ -77,7 +78,7 @@ def step_values(role: Role, rollout: Rollout, is_end: Tensor, *, tokens_per_micr
     if not role.is_here:
         return torch.zeros(is_end.shape, device=role.device)
     sequences = unpad(rollout.tokens.cpu(), rollout.lengths.cpu())
-    packs = role_packs(role, sequences, end_rows(is_end.cpu()), tokens_per_microbatch)
+    packs = _packs(role, sequences, end_rows(is_end.cpu()), tokens_per_microbatch)
     with role.memory.resident("weights"):
         logits = run_forward(
             role.modules, role.groups, packs, lambda hidden, pack: role.stage.scalars(hidden), is_end.numel()
@@ -94,18 +95,18 @@ def full_kl(policy: Role, reference: Role, rollout: Rollout, *, tokens_per_micro
     if not policy.is_here:
         return torch.zeros(rollout.response_mask.shape, device=policy.device)
     sequences, rows = _response_sequences(rollout)
-    packs = role_packs(policy, sequences, rows, tokens_per_microbatch)
-    reference_hidden: list[Tensor] = []
+    packs = _packs(policy, sequences, rows, tokens_per_microbatch)
+    reference_hidden: dict[tuple[int, ...], Tensor] = {}
 
     def keep(hidden: Tensor, pack: Pack) -> Tensor:
-        reference_hidden.append(hidden)
+        reference_hidden[pack.sequences] = hidden
         return torch.zeros(hidden.shape[0], device=hidden.device)
 
     def compute(hidden: Tensor, pack: Pack) -> Tensor:
         return linear_full_kl(
             hidden,
             policy.stage.vocabulary_weight(),
-            reference_hidden.pop(0),
+            reference_hidden.pop(pack.sequences),
             reference.stage.vocabulary_weight(),
             tp_group=policy.groups.megatron.tp,
             vocab_size=policy.shape.vocab_size,
@@ -279,6 +280,11 @@ def mix_rewards(
         if role is not None and values is not None:
             role.groups.give_to_all(values)
     return Rewards(scores, None, {}, None) if rewards is None else rewards.apply(rollout, scores, steps)
+
+
+def _packs(role: Role, sequences: Sequence[Tensor], rows: Rows, tokens_per_microbatch: int) -> list[Pack]:
+    """Of a forward pass: two at least, where two can be computed at the same time."""
+    return role_packs(role, sequences, rows, tokens_per_microbatch, multiple_of=2 if can_share_threads() else 1)
 
 
 def _response_sequences(rollout: Rollout) -> tuple[list[Tensor], Rows]:

@@ -7,6 +7,7 @@ collective.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ppomax.engine.data.batches import Rows, response_rows, unpad
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.models.roles import Role, role_packs
 from ppomax.engine.parallel.pipeline import run_forward_backward, share_results
+from ppomax.engine.parallel.side_by_side import side_by_side
 from ppomax.engine.ppo.experience import kept_tokens, not_finite, sampler_weights
 from ppomax.engine.ppo.losses import POLICY_METRICS, VALUE_METRICS, PolicyObjective, PolicyTargets, ValueObjective
 from ppomax.engine.ppo.scoring import token_logprobs
@@ -149,14 +151,23 @@ def _step(
     config, optim = settings.ppo, settings.optim
     mask = kept_tokens(batch.rollout, config)
     weights = mask.float() / mask.sum().clamp_min(1)
-    trained: list[tuple[Role, float, tuple[str, ...], Tensor]] = []
-    if policy is not None:
+
+    def of_policy(policy: Role) -> Tensor:
         with span(settings.trace, "policy gradients", is_here=policy.is_here):
             sums = _policy_gradients(policy, batch, mask, weights, dialogues, settings, ratios)
-        trained.append((policy, optim.lr, POLICY_SUMS, sums))
         policy.memory.prefetch("optimizer")  # it comes while the critic computes
-    with span(settings.trace, "critic gradients", is_here=critic.is_here):
-        sums = _critic_gradients(critic, batch, weights, settings)
+        return sums
+
+    def of_critic() -> Tensor:
+        with span(settings.trace, "critic gradients", is_here=critic.is_here):
+            return _critic_gradients(critic, batch, weights, settings)
+
+    trained: list[tuple[Role, float, tuple[str, ...], Tensor]] = []
+    if policy is None:
+        sums = of_critic()
+    else:
+        policy_sums, sums = side_by_side(partial(of_policy, policy), of_critic)
+        trained.append((policy, optim.lr, POLICY_SUMS, policy_sums))
     trained.append((critic, optim.critic_lr, VALUE_SUMS, sums))
     stats: dict[str, float] = {}
     for role, _, names, sums in trained:

@@ -27,6 +27,18 @@ with StopSignal(float(sys.argv[1])):
     dist.HashStore().get("what never comes")  # in C++: no handler of Python runs
 """
 
+ASKED_AGAIN = """
+import time
+from ppomax.engine.cli import leave
+from ppomax.engine.parallel.stop_signal import StopSignal
+with StopSignal(60.0) as stop:
+    print("waiting", flush=True)
+    while not stop.asked:
+        time.sleep(0.01)
+time.sleep(0.3)
+leave(0)
+"""
+
 
 @pytest.fixture
 def signal_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
@@ -63,7 +75,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_as_if_it_had_not_stopped(
     signal_in_step(2, signum)
     with pytest.raises(RunStopped, match=rf"stopped after step 2, as {signum.name} asked: wrote .*step_00000002; "):
         train_sft.run(config("stopped", "auto"))
-    assert signal.getsignal(signum) == before
+    assert callable(signal.getsignal(signum))  # the request may come again, until the process has ended
+    signal.signal(signum, before)
     assert not (tmp_path / "stopped/hf").exists()
     train_sft.run(config("stopped", "auto"))
     assert records(tmp_path / "stopped") == records(tmp_path / "straight")
@@ -111,3 +124,16 @@ def test_a_second_sigterm_ends_at_once_but_not_one_that_is_passed_on_twice(waiti
     _, printed = process.communicate(timeout=20)
     assert process.returncode == ENDED_BY_SIGTERM
     assert "a second SIGTERM: ends without saving" in printed
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_that_comes_again_while_the_process_ends_is_no_failure(signum: signal.Signals) -> None:
+    """A scheduler signals ranks, and so does node.sh."""
+    process = subprocess.Popen([sys.executable, "-c", ASKED_AGAIN], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signum)
+        time.sleep(0.002)
+    assert process.wait(1) == 0

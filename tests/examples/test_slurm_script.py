@@ -48,6 +48,7 @@ signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
 deadline = time.monotonic() + float(os.environ["RANK_SECONDS"])
 while not asked and time.monotonic() < deadline:
     time.sleep(0.02)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as ppomax does: the request may come twice
 (place / f"ended_{os.environ['RANK']}").write_text("saved" if asked else "done")
 sys.exit(int(os.environ.get("RANK_CODE", "0")) if os.environ["RANK"] == "1" else 0)
 """

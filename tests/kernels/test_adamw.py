@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.library import opcheck
 
 from ppomax.kernels import adamw as adamw_module
+from ppomax.kernels import adamw_reference
 from ppomax.kernels.adamw import adamw_step, squared_norm
 from ppomax.kernels.dispatch import implementation
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6}
 SIZES = [(1,), (7,), (0,), (3, 5), (64,), (2, 67)]
 CPU = torch.device("cpu")
+HAS_C = True
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,7 @@ def small_blocks(_version: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = implementation("adamw")
     is_triton = module.__name__.endswith("_triton")
     for name in ("BLOCK", "SUM_BLOCK") if is_triton else ("PIECE", "SUMMED"):
-        monkeypatch.setattr(module, name, 32)
+        monkeypatch.setattr(module if is_triton else adamw_reference, name, 32)
 
 
 def random_tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -41,6 +41,14 @@ def test_parts_add_up_to_their_phases() -> None:
     assert sum(found.values()) == sum(TIMING.values())
 
 
+def test_what_happens_at_the_same_time_is_shared() -> None:
+    events = [Event("policy gradients", 0, 6), Event("critic gradients", 2, 5), Event("critic gradients", 7, 8)]
+    found = seconds_of_parts(events, {"update_seconds": 9.0})
+    assert found["policy gradients"] == 2 + 3 / 2 + 1
+    assert found["critic gradients"] == 3 / 2 + 1
+    assert found["optimizer"] == 2
+
+
 def test_work_is_counted_as_by_hand(tmp_path: Path) -> None:
     work = replace(CASES["exact"], prompts=8)
     config = bench_config(work, tmp_path, ["train.steps=1"])
