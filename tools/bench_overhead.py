@@ -179,7 +179,16 @@ def measure(work: Workload, folder: Path, num_steps: int, overrides: Sequence[st
 
 
 def overhead(work: Workload, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The record of the report."""
+    """The record of the report; on one thread, since with several models compute side by side."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _overhead(work, folder, arguments)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _overhead(work: Workload, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     overrides = ["monitor.action=off", *arguments.override]  # an alarm reads samples
     whole = measure(work, folder / "whole", arguments.iterations, overrides)
     empty, tokens = nearly_empty(work), work.prompts * (work.prompt_tokens + work.max_new_tokens)
@@ -256,7 +265,7 @@ def table(record: dict[str, Any]) -> list[str]:
     return [
         "## The engine's own time",
         "",
-        f"With a model of almost no compute an iteration takes {1e3 * own['seconds']:.0f} ms beside the calls of "
+        f"On one thread, with a model of almost no compute, an iteration takes {1e3 * own['seconds']:.0f} ms beside the calls of "
         f"models, {100 * record['own / step']:.1f} % of the {1e3 * step['seconds']:.0f} ms of the quickstart's step "
         f"(aim: {100 * TARGET:.0f} %). By CPU time of the main thread, which other programs hardly touch: "
         f"{1e3 * own['cpu_seconds']:.0f} ms, {100 * record['own / step, CPU time']:.1f} %. Each number "
