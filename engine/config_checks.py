@@ -3,7 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppomax.engine.config import RoleLayout, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_models import RoleLayout
 from ppomax.engine.errors import CheckpointError, DataError
 
 MODELS_READ: dict[str, tuple[str, ...]] = {

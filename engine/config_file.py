@@ -14,9 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ppomax.engine.config import PpoConfig, RoleLayout, RunConfig, Section, expand_roles
+from ppomax.engine.config import RunConfig
 from ppomax.engine.config_checks import impossible_combinations
 from ppomax.engine.config_help import allows_none, expected, fields, nearest_key, row_section, sections, toml_value
+from ppomax.engine.config_models import RoleLayout, expand_roles
+from ppomax.engine.config_ppo import PpoConfig
+from ppomax.engine.config_section import Section
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.presets import PRESETS, preset_values
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ppomax.engine.config import DataSource, RunConfig, Section
+from ppomax.engine.config import DataSource, RunConfig
+from ppomax.engine.config_section import Section
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.presets import PRESETS
 

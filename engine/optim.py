@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from ppomax.engine.config import OptimConfig
+from ppomax.engine.config_models import OptimConfig
 from ppomax.engine.models.offload import RoleMemory
 from ppomax.engine.parallel.device import this_device
 from ppomax.engine.parallel.groups import RoleGroups

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ppomax.engine.config import MonitorConfig
+from ppomax.engine.config_monitor import MonitorConfig
 from ppomax.engine.data.text_stream import token_pieces
 from ppomax.engine.data.tokenizer import Tokenizer
 from ppomax.engine.ppo.types import Experience

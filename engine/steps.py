@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import OptimConfig
+from ppomax.engine.config_models import OptimConfig
 from ppomax.engine.data.batches import Pack, Rows
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.errors import DivergedError

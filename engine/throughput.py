@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from ppomax.engine.config import PpoConfig, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.plan.gpus import gpu_of_device
 from ppomax.engine.plan.timing import forward_flops

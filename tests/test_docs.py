@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ppomax.engine import cli
-from ppomax.engine.config import ROLES, RoleLayout
 from ppomax.engine.config_checks import MODELS_READ
 from ppomax.engine.config_file import load_config
 from ppomax.engine.config_help import fields, sections
+from ppomax.engine.config_models import ROLES, RoleLayout
 from ppomax.engine.errors import ENDED_BY_SIGTERM
 from ppomax.engine.parallel.layout import check_layout
 from ppomax.engine.presets import PPO_MAX

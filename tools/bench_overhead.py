@@ -265,9 +265,9 @@ def table(record: dict[str, Any]) -> list[str]:
     return [
         "## The engine's own time",
         "",
-        f"On one thread, with a model of almost no compute, an iteration takes {1e3 * own['seconds']:.0f} ms beside the calls of "
-        f"models, {100 * record['own / step']:.1f} % of the {1e3 * step['seconds']:.0f} ms of the quickstart's step "
-        f"(aim: {100 * TARGET:.0f} %). By CPU time of the main thread, which other programs hardly touch: "
+        f"On one thread, with a model of almost no compute, an iteration takes {1e3 * own['seconds']:.0f} ms beside "
+        f"the calls of models, {100 * record['own / step']:.1f} % of the {1e3 * step['seconds']:.0f} ms of the "
+        f"quickstart's step (aim: {100 * TARGET:.0f} %). By CPU time of the main thread, which other programs hardly touch: "
         f"{1e3 * own['cpu_seconds']:.0f} ms, {100 * record['own / step, CPU time']:.1f} %. Each number "
         "is the least of the iterations.",
         "",

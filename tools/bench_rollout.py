@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppomax.engine.config import ModelConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ModelConfig
 from ppomax.engine.models.hf_reader import ALL, RandomReader
 from ppomax.engine.models.roles import Role, make_role
 from ppomax.engine.models.shape import ModelShape

@@ -21,7 +21,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ppomax.engine.config import ModelConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ModelConfig
 from ppomax.engine.data.batches import last_token_rows
 from ppomax.engine.models.hf_reader import RandomReader
 from ppomax.engine.models.roles import Role, make_role, role_packs

@@ -12,8 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppomax.engine.config import MonitorConfig, RunConfig
+from ppomax.engine.config import RunConfig
 from ppomax.engine.config_file import load_config
+from ppomax.engine.config_monitor import MonitorConfig
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.stage import stage_function
 from ppomax.tools.reproduce_arms import NUM_ITERATIONS, STAGES, arm_config, stage_config

@@ -9,7 +9,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from ppomax.engine.config import ROLES, OptimConfig, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_models import ROLES, OptimConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
 from ppomax.engine.errors import CheckpointError, ConfigError
 from ppomax.engine.models.hf_checkpoint import load_weights

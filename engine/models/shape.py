@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ppomax.engine.config import ArchitectureConfig
+from ppomax.engine.config_models import ArchitectureConfig
 from ppomax.engine.errors import ConfigError
 
 

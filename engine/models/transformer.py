@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from ppomax.engine.config import ModelConfig
+from ppomax.engine.config_models import ModelConfig
 from ppomax.engine.data.batches import Pack
 from ppomax.engine.models.attention import (
     NoCoreAttention,

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ppomax.engine.config import MonitorConfig, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_monitor import MonitorConfig
 from ppomax.engine.data.tokenizer import Tokenizer
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.metrics import RunLog

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ppomax.engine.config import MonitorLimits
+from ppomax.engine.config_monitor import MonitorLimits
 
 Metrics = Mapping[str, float]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ppomax.engine.config import MonitorConfig
+from ppomax.engine.config_monitor import MonitorConfig
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.monitor.detectors import DETECTORS, METRICS_READ, Detector, View
 

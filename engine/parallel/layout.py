@@ -7,7 +7,8 @@ Turns the layouts of the configuration and the number of ranks into `ParallelLay
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ppomax.engine.config import ROLES, RoleLayout, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_models import ROLES, RoleLayout
 from ppomax.engine.errors import ConfigError
 
 

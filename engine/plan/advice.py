@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ppomax.engine.config import ROLES, RunConfig, Section
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_models import ROLES
+from ppomax.engine.config_section import Section
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.plan.plan import Plan
 

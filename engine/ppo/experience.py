@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import PpoConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.models.roles import Role
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.ppo.rewards import RewardScaler, penalise_unfinished

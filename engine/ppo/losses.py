@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import PpoConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.data.batches import Pack
 from ppomax.engine.models.heads import head_policy_loss
 from ppomax.engine.models.roles import Role

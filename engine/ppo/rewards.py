@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import PpoConfig
+from ppomax.engine.config_ppo import PpoConfig
 
 
 @dataclass(frozen=True)

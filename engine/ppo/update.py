@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import OptimConfig, PpoConfig
+from ppomax.engine.config_models import OptimConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.data.batches import Rows, response_rows, unpad
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.models.roles import Role, role_packs

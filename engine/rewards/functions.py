@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ppomax.engine.config import RewardSource
+from ppomax.engine.config_ppo import RewardSource
 from ppomax.engine.data.readers import Turns
 from ppomax.engine.errors import ConfigError, PpomaxError, RewardError
 from ppomax.engine.rewards.answers import final_answer, same_answer

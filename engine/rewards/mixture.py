@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppomax.engine.config import RewardSource, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_ppo import RewardSource
 from ppomax.engine.data.chat import Template
 from ppomax.engine.data.datasets import PromptRow
 from ppomax.engine.data.response_steps import step_ends, step_texts

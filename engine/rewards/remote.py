@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ppomax.engine.config import RewardSource
+from ppomax.engine.config_ppo import RewardSource
 from ppomax.engine.errors import RewardError
 from ppomax.engine.rewards.functions import Response, RewardFunction
 from ppomax.engine.service import RequestRefusedError, Service, ServiceConfig

@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ppomax.engine.config import ModelConfig
+from ppomax.engine.config_models import ModelConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
 from ppomax.engine.models.hf_config import read_shape
 from ppomax.engine.models.hf_export import export_weights

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, ParallelConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig, ParallelConfig
 from ppomax.engine.models.roles import make_role, random_reader
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.parallel.device import start, stop

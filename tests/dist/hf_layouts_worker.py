@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ppomax.engine.config import ModelConfig
+from ppomax.engine.config_models import ModelConfig
 from ppomax.engine.data.batches import Pack, Rows, balance, make_packs
 from ppomax.engine.errors import CheckpointError, PeerFailedError
 from ppomax.engine.models import hf_writer

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ppomax.engine.config import ROLES
+from ppomax.engine.config_models import ROLES
 from ppomax.engine.errors import CheckpointError
 
 pytestmark = pytest.mark.dist

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig
 from ppomax.engine.models.shape import ModelShape
 
 pytestmark = pytest.mark.dist

@@ -2,9 +2,10 @@
 
 import pytest
 
-from ppomax.engine.config import ROLES, RunConfig
+from ppomax.engine.config import RunConfig
 from ppomax.engine.config_file import load_config, to_toml, write_config
 from ppomax.engine.config_help import describe, fields
+from ppomax.engine.config_models import ROLES
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.presets import PRESETS
 

@@ -7,7 +7,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig
 from ppomax.engine.data.batches import last_token_rows, make_packs
 from ppomax.engine.errors import DataError, DoesNotFitError
 from ppomax.engine.models.roles import Role, make_role, random_reader

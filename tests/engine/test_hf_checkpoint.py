@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ppomax.engine.config import ModelConfig
+from ppomax.engine.config_models import ModelConfig
 from ppomax.engine.data.batches import Rows, make_packs
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.hf_checkpoint import fill_share, load_weights, save_hf

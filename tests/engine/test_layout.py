@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from ppomax.engine.config import ArchitectureConfig, ParallelConfig, RoleLayout, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_models import ArchitectureConfig, ParallelConfig, RoleLayout
 from ppomax.engine.errors import ConfigError
 from ppomax.engine.models.shape import check_split, layers_per_stage, shape_from_init, stage_of_layer
 from ppomax.engine.parallel.layout import ParallelLayout, check_layout, make_layout

@@ -7,8 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, PpoConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
 from ppomax.engine.config_checks import impossible_combinations
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.roles import make_role, random_reader
 from ppomax.engine.models.shape import ModelShape

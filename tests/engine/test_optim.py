@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, OptimConfig, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig, OptimConfig
 from ppomax.engine.models.roles import Role, make_role, random_reader
 from ppomax.engine.models.shape import ModelShape
 from ppomax.engine.optim import FlatAdamW, clip_and_step, learning_rate_factor, set_learning_rate, warmup_steps

@@ -5,8 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-from ppomax.engine.config import ArchitectureConfig, PpoConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
 from ppomax.engine.config_checks import impossible_combinations
+from ppomax.engine.config_models import ArchitectureConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.models.roles import as_scalar, make_role, random_reader, role_groups
 from ppomax.engine.models.shape import shape_from_init
 from ppomax.engine.parallel.device import start, stop

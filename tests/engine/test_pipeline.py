@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, ParallelConfig, RunConfig
+from ppomax.engine.config import RunConfig
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig, ParallelConfig
 from ppomax.engine.data.batches import Pack, last_token_rows
 from ppomax.engine.models.roles import load_role, role_groups, role_packs
 from ppomax.engine.models.shape import shape_from_init

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ppomax.engine.config import PpoConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.ppo.rewards import KlController, RewardScaler
 
 VECTORS = Path(__file__).resolve().parents[3] / "shared" / "oracles" / "ppo_max_vectors.safetensors"

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppomax.engine.config import ArchitectureConfig, PpoConfig, RewardSource, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ArchitectureConfig
+from ppomax.engine.config_ppo import PpoConfig, RewardSource
 from ppomax.engine.data.datasets import DialogueRow
 from ppomax.engine.errors import DivergedError
 from ppomax.engine.models.roles import as_scalar, make_role, random_reader, role_groups

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ppomax.engine.config import RewardSource
+from ppomax.engine.config_ppo import RewardSource
 from ppomax.engine.data.chat import Turn
 from ppomax.engine.errors import RewardError, ServiceError
 from ppomax.engine.rewards.functions import Response, call

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ppomax.engine.config import RewardSource
+from ppomax.engine.config_ppo import RewardSource
 from ppomax.engine.data.chat import Turn
 from ppomax.engine.errors import ConfigError, RewardError
 from ppomax.engine.rewards.answers import final_answer, same_answer

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, RunConfig, SamplingConfig, TrainConfig
+from ppomax.engine.config import RunConfig, SamplingConfig, TrainConfig
 from ppomax.engine.config_checks import impossible_combinations
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig
 from ppomax.engine.errors import DataError
 from ppomax.engine.models.hf_checkpoint import load_weights
 from ppomax.engine.models.hf_export import export_weights

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppomax.engine.config import MonitorConfig, RunConfig
+from ppomax.engine.config import RunConfig
 from ppomax.engine.config_checks import impossible_combinations
+from ppomax.engine.config_monitor import MonitorConfig
 from ppomax.engine.data.text_stream import token_pieces
 from ppomax.engine.data.tokenizer import load_tokenizer
 from ppomax.engine.ppo.types import Experience, Rollout, response_mask

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig
 from ppomax.engine.models.roles import make_role, random_reader
 from ppomax.engine.models.shape import shape_from_init
 from ppomax.engine.parallel.device import start

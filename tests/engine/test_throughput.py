@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ppomax.engine import throughput
-from ppomax.engine.config import ArchitectureConfig, PpoConfig
+from ppomax.engine.config_models import ArchitectureConfig
+from ppomax.engine.config_ppo import PpoConfig
 from ppomax.engine.models.shape import shape_from_init
 from ppomax.engine.plan.gpus import gpu_of_device
 from ppomax.engine.throughput import PhaseClock, Shapes, Work, iteration_work

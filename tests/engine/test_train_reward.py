@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from ppomax.engine.config import ArchitectureConfig, RewardConfig, RunConfig
+from ppomax.engine.config import RewardConfig, RunConfig
+from ppomax.engine.config_models import ArchitectureConfig
 from ppomax.engine.data.datasets import Dataset, PairRow, SolutionRow
 from ppomax.engine.models.roles import load_role, make_role, random_reader, role_groups
 from ppomax.engine.models.shape import shape_from_init

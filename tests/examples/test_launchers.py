@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from ppomax.engine.config import ROLES, ArchitectureConfig
 from ppomax.engine.config_file import load_config
+from ppomax.engine.config_models import ROLES, ArchitectureConfig
 from ppomax.engine.data.tokenizer import load_tokenizer
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.models.hf_config import config_json

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ppomax.engine.config import MonitorConfig
+from ppomax.engine.config_monitor import MonitorConfig
 from ppomax.engine.monitor.state import MonitorState, observe, replay
 
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ppomax.engine.config import MonitorConfig
 from ppomax.engine.config_file import load_config
+from ppomax.engine.config_monitor import MonitorConfig
 from ppomax.engine.monitor.state import replay
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples/configs"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ppomax.engine.config import DetectorActions, MonitorConfig
+from ppomax.engine.config_monitor import DetectorActions, MonitorConfig
 from ppomax.engine.errors import CheckpointError
 from ppomax.engine.monitor.detectors import DETECTORS
 from ppomax.engine.monitor.state import MonitorState, observe, replay

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppomax.engine import cli
-from ppomax.engine.config import ModelConfig, RunConfig, SamplingConfig
+from ppomax.engine.config import RunConfig, SamplingConfig
+from ppomax.engine.config_models import ModelConfig
 from ppomax.engine.data.chat import Turn
 from ppomax.engine.data.tokenizer import Tokenizer, load_tokenizer
 from ppomax.engine.errors import ConfigError

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from ppomax.engine.config import ArchitectureConfig, ModelConfig, RunConfig, SamplingConfig, TrainConfig
+from ppomax.engine.config import RunConfig, SamplingConfig, TrainConfig
+from ppomax.engine.config_models import ArchitectureConfig, ModelConfig
 from ppomax.engine.models.hf_checkpoint import load_weights
 from ppomax.engine.models.hf_config import config_json
 from ppomax.engine.models.hf_export import export_weights
