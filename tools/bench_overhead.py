@@ -165,30 +165,27 @@ class Measured:
 
 
 def measure(work: Workload, folder: Path, num_steps: int, overrides: Sequence[str]) -> Measured:
-    """A run of WARM_UP iterations, num_steps timed ones and one whose waits are counted."""
+    """A run of WARM_UP iterations, num_steps timed ones and one whose waits are counted: on one thread, since with
+    several on a CPU models compute side by side.
+    """
     config = bench_config(work, folder, [*overrides, f"train.steps={WARM_UP + num_steps + 1}"])
-    steps = iterations(config)
-    for _ in range(WARM_UP):
-        next(steps)
-    timed = [watched_step(steps) for _ in range(num_steps)]
-    with host_syncs() as syncs:
-        next(steps)
-    for _ in steps:
-        pass
+    steps, num_threads = iterations(config), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(WARM_UP):
+            next(steps)
+        timed = [watched_step(steps) for _ in range(num_steps)]
+        with host_syncs() as syncs:
+            next(steps)
+        for _ in steps:
+            pass
+    finally:
+        torch.set_num_threads(num_threads)
     return Measured(timed, syncs)
 
 
 def overhead(work: Workload, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The record of the report; on one thread, since with several models compute side by side."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _overhead(work, folder, arguments)
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _overhead(work: Workload, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The record of the report."""
     overrides = ["monitor.action=off", *arguments.override]  # an alarm reads samples
     whole = measure(work, folder / "whole", arguments.iterations, overrides)
     empty, tokens = nearly_empty(work), work.prompts * (work.prompt_tokens + work.max_new_tokens)
@@ -267,8 +264,8 @@ def table(record: dict[str, Any]) -> list[str]:
         "",
         f"On one thread, with a model of almost no compute, an iteration takes {1e3 * own['seconds']:.0f} ms beside "
         f"the calls of models, {100 * record['own / step']:.1f} % of the {1e3 * step['seconds']:.0f} ms of the "
-        f"quickstart's step (aim: {100 * TARGET:.0f} %). By CPU time of the main thread, which other programs hardly touch: "
-        f"{1e3 * own['cpu_seconds']:.0f} ms, {100 * record['own / step, CPU time']:.1f} %. Each number "
+        f"quickstart's step (aim: {100 * TARGET:.0f} %). By CPU time of the main thread, which other programs hardly "
+        f"touch: {1e3 * own['cpu_seconds']:.0f} ms, {100 * record['own / step, CPU time']:.1f} %. Each number "
         "is the least of the iterations.",
         "",
         "| phase | own, CPU ms |",
