@@ -21,15 +21,17 @@ ranks() { # process ids of the agent's children that run
     done
 }
 
-asked=0
+asked=0 had_ranks=0 quiet=0
 stop() {
     asked=1
     echo "node.sh: asked to stop; the ranks save at the end of their step" >&2
-    for pid in $(ranks); do kill -USR1 "$pid" 2>/dev/null; done
+    for pid in $(ranks); do
+        had_ranks=1 # they may be gone before the loop below looks at them
+        kill -USR1 "$pid" 2>/dev/null
+    done
 }
 trap stop USR1 TERM
 
-had_ranks=0 quiet=0
 while kill -0 "$agent" 2>/dev/null; do
     sleep 1 &
     wait $! # unlike sleep itself, it lets a trap run at once
