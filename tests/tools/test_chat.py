@@ -227,8 +227,17 @@ def test_ctrl_c_stops_the_response_and_ctrl_d_the_chat(tiny):
     endless = ["sampling.max_new_tokens=120", "sampling.min_new_tokens=120", "--system", "cab = 1"]
     # Interpreted kernels: a response of the others would be over before Ctrl-C arrives.
     slowly = {**os.environ, "PPOMAX_KERNELS": "triton", "TRITON_INTERPRET": "1"}
-    process = subprocess.Popen(command(tiny, *endless), stdin=theirs, stdout=theirs, start_new_session=True, env=slowly)
+    process = subprocess.Popen(
+        command(tiny, *endless),
+        stdin=theirs,
+        stdout=theirs,
+        start_new_session=True,
+        env=slowly,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+    )
     os.close(theirs)
+    terminal = select.poll()
+    terminal.register(ours, select.POLLIN)
     shown = ""
 
     def wait_for(pattern: str) -> None:
@@ -236,7 +245,7 @@ def test_ctrl_c_stops_the_response_and_ctrl_d_the_chat(tiny):
         deadline = time.monotonic() + 120
         while not (match := re.search(pattern, shown)):
             assert time.monotonic() < deadline, shown
-            if select.select([ours], [], [], 1)[0]:
+            if terminal.poll(1000):
                 shown += os.read(ours, 4096).decode(errors="replace")
         shown = shown[match.end() :]
 

@@ -179,7 +179,13 @@ def test_a_missing_run_or_a_port_in_use_is_a_clear_error(tmp_path, fake_run, por
 def test_ctrl_c_ends_it_quietly(fake_run):
     command = [sys.executable, "-c", f"import sys; from {cli.__name__} import main; sys.exit(main())"]
     arguments = ["watch", str(fake_run.folder), "--port", "0"]
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+    )
     try:
         line = process.stdout.readline()
         assert ask(int(line.rstrip("/\n").rpartition(":")[2]), "/")[0] == 200
