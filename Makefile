@@ -34,7 +34,7 @@ reproduce: venv ## the paper's figures in small, vanilla PPO beside PPO-max; goe
 	$(BIN)/python -m ppomax.tools.reproduce runs/reproduce $(ARGS)
 
 test: venv ## the tests of every change, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 test-all: venv ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"

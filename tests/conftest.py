@@ -37,13 +37,17 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist tests of one file stay in one process, and all that start ranks in the same."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "dist" if item.get_closest_marker("dist") else item.path.as_posix()
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest-xdist tests of one file stay in one process, and all of tests/dist in the same: they share ranks."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "dist" if "/dist/" in file else file
+
+    return ByFile(config, log)
 
 
 BOS, EOS, PAD = 274, 275, 276
