@@ -52,9 +52,9 @@ def run_stage(stage: str, config: dict[str, Any]) -> Phases:
         return run
 
     def sampling(original: Callable) -> Callable:
-        def run(*args: Any) -> None:
+        def run(*args: Any, **kwargs: Any) -> None:
             found("rollout")
-            original(*args)
+            original(*args, **kwargs)
 
         return run
 

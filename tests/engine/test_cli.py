@@ -156,6 +156,7 @@ def test_an_unexpected_error_shows_its_traceback_with_code_1(complete, stage, ca
 
 def test_a_config_error_is_printed_by_the_first_rank_only_and_ends_every_rank(complete, monkeypatch, capsys):
     monkeypatch.setattr(cli, "SECONDS_FOR_THE_FIRST_RANK", 0.0)
+    monkeypatch.setattr(cli, "_is_joined", lambda: False)  # whatever ran in this process before
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = []
     for rank in ("0", "1"):
