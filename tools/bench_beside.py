@@ -11,6 +11,7 @@ has the ratios. The report goes to docs/benchmarks/<date>-peers-<device>/.
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_part(name: str, folder: Path, arguments: argparse.Namespace) -> list[Ratio]:
     """The ratios of one part, after its benchmark."""
     part = PARTS[name]
-    command = [sys.executable, "-m", *part.command(arguments), "--output", str(folder)]
+    # Its report has the command: without the folders of this machine.
+    command = [sys.executable, "-m", *part.command(arguments), "--output", os.path.relpath(folder)]
     subprocess.run(command, check=True)
     return list(part.ratios(json.loads((folder / "results.json").read_text())))
 
