@@ -89,8 +89,8 @@ def table(record: dict[str, Any]) -> list[str]:
     text = [
         "## Growth",
         "",
-        "Slope of log seconds of an iteration on one thread over log size (1: in proportion); phases by CPU time of the "
-        "main thread.",
+        "Slope of log seconds of an iteration on one thread over log size (1: in proportion); phases by CPU time "
+        "of the main thread.",
         "",
         f"| {' | '.join(head)} |",
         "|" + "---|" * len(head),
