@@ -33,8 +33,8 @@ def plan_role(role: Role, folder: Path, before: SavePlanOfRole | None = None) ->
     """What each rank writes of a role. Its weights and optimizer state must be held. Collective over all ranks.
 
     before: this role's plan of an earlier save of the run, on all ranks or none. Weights and state stay where they are
-    for the life of a role, so all but the optimizer's step counts and settings is still true: a plan costs more time
-    than the copy of a model of a gigabyte.
+    for the life of a role, so all but the optimizer's step counts and settings is still true, and a new plan would
+    take as long as a copy of half a gigabyte (docs/log.md).
     """
     if before is not None:
         optimizer = role.groups.give_object_to_all(_optimizer_settings(role) if role.is_here else {})

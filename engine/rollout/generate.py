@@ -1,10 +1,10 @@
 """Responses sampled from the weights that are being trained: continuous batching over a paged key / value cache.
 
 Each replica takes a share of the prompts. Its requests run in as many flights as there are pipeline stages, so that
-every stage has one to work on; a flight takes one step at a time (flight.py), chunk by chunk where a stage has several:
-every running request adds a token, and waiting prompts join in pieces while the step has room. A token depends on what
-precedes it, its position and the seed of its request: neither the company in a step nor layouts, page sizes or limits
-change it.
+every stage has one to work on, or on a CPU in two side by side (side_by_side.py); a flight takes one step at a time
+(flight.py), chunk by chunk where a stage has several: every running request adds a token, and waiting prompts join in
+pieces while the step has room. A token depends on what precedes it, its position and the seed of its request: neither
+the company in a step nor layouts, page sizes or limits change it.
 """
 
 import hashlib

@@ -101,9 +101,11 @@ def test_a_run_has_the_same_numbers(on_ranks: OnRanks, tiny: Any, tmp_path: Path
         [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()] for output in outputs
     )
     assert [{**record, "seconds": 0} for record in two] == [{**record, "seconds": 0} for record in again]
-    for ours, theirs in zip(two, one, strict=True):
+    steps = [(ours, theirs) for ours, theirs in zip(two, one, strict=True) if ours["kind"] == "ppo"]
+    assert len(steps) == 2
+    for ours, theirs in steps:
         for name in ("policy_objective", "value_loss", "grad_norm", "reward", "kl"):
-            assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-4, abs=1e-6), name
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
     for folder in ("hf", "critic_hf"):
         weights, same = (load_file(output / folder / "model.safetensors") for output in outputs[1:])
         assert all(torch.equal(weights[name], same[name]) for name in weights)
