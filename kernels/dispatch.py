@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ppomax.kernels import native
 
-C_OPS = ("adamw", "rms_norm", "rope", "swiglu")
+C_OPS = ("adamw", "logprobs", "rms_norm", "rope", "swiglu")
 """Operations with a C version for `implementation` to choose."""
 
 

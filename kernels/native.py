@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c", "cpu_logprobs.c"))
 HEADER = Path(__file__).with_name("cpu_vectors.h")
 FLAGS = (
     "-O3",
@@ -48,6 +48,8 @@ SIGNATURES = {
     "filter_scores": "ppiiiii",
     "product": "pppiiii",
     "decode": "ppippppippppp" + "iiiiiiiiif",
+    "logprob_statistics": "pippiiiif",
+    "logprob_gradient": "pipppppppiiiiif",
     "attention": "pipppiipppiii",
     "attention_backward": "ppipppiippppiii",
 }

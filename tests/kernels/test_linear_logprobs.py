@@ -13,6 +13,7 @@ from torch.distributions import Categorical
 from ppomax.kernels import linear
 from ppomax.kernels.linear_logprobs import linear_logprobs
 
+HAS_C = True
 NAN = math.nan
 
 

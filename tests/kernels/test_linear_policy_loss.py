@@ -14,6 +14,7 @@ from torch.distributions import Categorical
 from ppomax.kernels.linear_policy_loss import LinearLoss, linear_cross_entropy, linear_policy_loss
 from ppomax.kernels.whiten import masked_moments
 
+HAS_C = True
 NAN = math.nan
 OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"clip": 0.2},

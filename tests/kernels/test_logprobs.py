@@ -14,6 +14,7 @@ from torch.distributions import Categorical
 from ppomax.kernels.dispatch import implementation
 from ppomax.kernels.logprobs import token_logprobs
 
+HAS_C = True
 NAN, INF = math.nan, math.inf
 
 
@@ -270,6 +271,44 @@ def test_gradient_may_be_written_over_the_logits() -> None:
         out = buffer.view(result_dtype)[:, :9000]
         compute.logits_gradient(buffer, *constants, **shard, out=out)
         torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_real", [1, 5, 37, 2500])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.sampled_from([0.1, 3.0, 40.0]))
+def test_float32_rows_of_every_kind_equal_fp64(num_real: int, temperature: float, seed: int, scale: float) -> None:
+    """Masked rows, labels elsewhere, impossible tokens, padding and gaps between rows at once, over the logits."""
+    N, V, first = 9, num_real + 3, 100
+    logits, labels = random_case(N, V, scale=scale, seed=seed)
+    labels = labels % num_real + first
+    labels[1], labels[2], labels[3] = -1, first - 1, first + num_real
+    logits[:, num_real:], logits[1] = NAN, NAN
+    if num_real > 2:
+        logits[4:6, :2] = -INF
+        labels[4], labels[5] = first + 2, first
+    buffer = torch.full((N, V + 5), NAN)
+    x = buffer[:, :V].copy_(logits)
+    logits = x.double()
+    compute, exact = implementation("logprobs", x), implementation("logprobs", logits)
+    shard: dict[str, Any] = {"temperature": temperature, "first": first, "num_real": num_real}
+    grads = torch.randn(2, N, generator=torch.Generator().manual_seed(seed))
+    grads[:, 1] = NAN
+    statistics = compute.shard_statistics(x, labels, **shard)
+    wanted = exact.shard_statistics(logits, labels, **shard)
+    got_outputs = compute.combine_statistics(statistics[None], labels, temperature=temperature)
+    wanted_outputs = exact.combine_statistics(wanted[None], labels, temperature=temperature)
+    for got, right in zip(got_outputs[:2], wanted_outputs[:2], strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=3e-6, atol=3e-6)
+    for chosen in ((grads[0], None), (None, grads[1]), (grads[0], grads[1])):
+        over = buffer.clone()[:, :V]
+        _, entropy, row_max, log_sum = got_outputs
+        got = compute.logits_gradient(over, labels, row_max, log_sum, entropy, *chosen, **shard, out=over)
+        double = [None if grad is None else grad.double() for grad in chosen]
+        _, entropy, row_max, log_sum = wanted_outputs
+        out = torch.empty_like(logits)
+        right = exact.logits_gradient(logits, labels, row_max, log_sum, entropy, *double, **shard, out=out)
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=2e-6 * max(1.0, scale))
 
 
 def test_every_entry_of_the_results_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
