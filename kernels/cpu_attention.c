@@ -74,15 +74,17 @@ INLINE void rotate(const float *x, Angles angles, int64_t token, float factor, f
   }
 }
 
-// to [d][stride]: `tokens` vectors [d] as columns, then columns of 0.
+// to [d][stride]: `tokens` vectors [d] as columns, then columns of 0; stride and d are multiples of LANES.
 static void transpose(const float *from, int64_t distance, int64_t tokens, float *to, int64_t stride, int64_t d) {
-  for (int64_t first = 0; first < stride; first += TILE) { // a tile's columns stay in the nearest cache
-    const int64_t end = least(first + TILE, tokens);
-    for (int64_t t = first; t < end; t++)
-      for (int64_t i = 0; i < d; i++) to[i * stride + t] = from[t * distance + i];
-    for (int64_t i = 0; i < d; i++)
-      for (int64_t t = end; t < first + TILE; t++) to[i * stride + t] = 0;
-  }
+  for (int64_t t = 0; t < stride; t += LANES)
+    for (int64_t i = 0; i < d; i += LANES) {
+      vec block[LANES];
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < LANES; l++) block[l] = t + l < tokens ? LOAD(from + (t + l) * distance + i) : (vec){0};
+      transpose_lanes(block);
+#pragma GCC unroll 16
+      for (int64_t l = 0; l < LANES; l++) *(vec *)(to + (i + l) * stride + t) = block[l];
+    }
 }
 
 // What a thread works in: parts of `space`, which has space_size(longest, d) numbers.
@@ -145,14 +147,8 @@ static void forward(Task task, Mixed mixed, float *output, float *totals, int64_
       multiply(space.query, d, 1, space.keys + k, task.stride, space.weights, TILE, num, d, round_up(keys, LANES), 0);
       for (int64_t r = 0; r < num; r++) {
         const int64_t seen = least(keys, i + r + 1 - k);
-        float *row = space.weights + r * TILE, *out = space.result + r * d, peak = peaks[r], total = 0;
-#pragma omp simd reduction(max : peak)
-        for (int64_t t = 0; t < seen; t++) peak = row[t] > peak ? row[t] : peak;
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = 0; t < seen; t++) {
-          row[t] = exp_(row[t] - peak);
-          total += row[t];
-        }
+        float *row = space.weights + r * TILE, *out = space.result + r * d, peak = peaks[r];
+        const float total = exponentials(row, seen, &peak);
         for (int64_t t = seen; t < keys; t++) row[t] = 0;
         if (k > 0) {
           const float decay = exp_(peaks[r] - peak);
@@ -201,11 +197,12 @@ static void backward(Task task, Mixed mixed, const float *output, const float *t
         const int64_t seen = least(keys, i + r + 1 - k);
         const float total = totals[(task.start + i + r) * task.heads + column], mean = means[r];
         float *weights = space.weights + r * TILE, *grads = space.grads + r * TILE;
+        for (int64_t t = 0; t < seen; t += LANES) // whole vectors: see exponentials
 #pragma omp simd
-        for (int64_t t = 0; t < seen; t++) {
-          weights[t] = exp_(weights[t] - total);
-          grads[t] = weights[t] * (grads[t] - mean);
-        }
+          for (int64_t l = t; l < t + LANES; l++) {
+            weights[l] = exp_(weights[l] - total);
+            grads[l] = weights[l] * (grads[l] - mean);
+          }
         for (int64_t t = seen; t < TILE; t++) weights[t] = grads[t] = 0;
       }
       multiply(space.weights, 1, TILE, space.grad, d, space.grad_values + k * d, d, keys, num, d, 1);

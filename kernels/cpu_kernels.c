@@ -206,15 +206,8 @@ INLINE vec scores_of(const float *query, const float *keys, const int64_t *place
 
 // Replaces scores [seen] of a row by e^(score - peak), with a new peak where one is larger, and adds them to total.
 INLINE void exponentiate(Row *row, float *scores, int64_t seen, const int parts) {
-  float peak = row->peak, total = 0;
-#pragma omp simd reduction(max : peak)
-  for (int64_t t = 0; t < seen; t++) peak = scores[t] > peak ? scores[t] : peak;
-  const float decay = exp_(row->peak - peak);
-#pragma omp simd reduction(+ : total)
-  for (int64_t t = 0; t < seen; t++) {
-    scores[t] = exp_(scores[t] - peak);
-    total += scores[t];
-  }
+  float peak = row->peak;
+  const float total = exponentials(scores, seen, &peak), decay = exp_(row->peak - peak);
   row->peak = peak, row->total = row->total * decay + total;
   for (int i = 0; i < parts; i++) *(vec *)(row->sums + i * LANES) *= decay;
 }
