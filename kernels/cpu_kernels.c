@@ -10,7 +10,7 @@
 #include "cpu_vectors.h"
 
 // Waking a thread takes longer than what is below so many simple operations.
-#define LARGE (1 << 15)
+#define LARGE (1 << 16)
 #define THREADS(operations) num_threads((operations) < LARGE ? 1 : threads)
 
 #define KEYS 64 // keys whose scores are held at a time; blocks count from the start of each context
@@ -585,32 +585,80 @@ typedef struct {
   const float *input_norm, *qkv, *qkv_bias, *projection, *mlp_norm, *gate_up, *down;
 } Layer;
 
-// hidden [tokens, size] through some layers, in place. key_pages, value_pages [layers, layer_stride]. space: for each
+// A step: its tokens [tokens, size] belong to requests, cu_queries[i] to cu_queries[i + 1] to request i. space: for each
 // token normed [size], mixed [(heads + 2) groups d], query and attended [groups heads d], gate_up [2 wide] and active
-// [wide]. heads: of a group.
+// [wide]. heads: of a group. key_pages, value_pages [layers, layer_stride].
+typedef struct {
+  const Layer *layers;
+  const float *cos, *sin;
+  float *hidden, *key_pages, *value_pages, *space;
+  const int32_t *slots, *page_tables, *context_lengths, *cu_queries;
+  int64_t num_layers, layer_stride, tokens, size, requests, columns, groups, heads, d, wide, page_size;
+  float eps;
+} Step;
+
+// The tokens of a step through its layers, in place.
+static void decode_step(Step s, int threads) {
+  const int64_t inner = s.groups * s.heads * s.d, mixes = s.groups * (s.heads + 2) * s.d, token = s.groups * s.d;
+  float *normed = s.space, *mixed = normed + s.tokens * s.size, *query = mixed + s.tokens * mixes;
+  float *attended = query + s.tokens * inner, *gate_up = attended + s.tokens * inner;
+  float *active = gate_up + 2 * s.tokens * s.wide;
+  for (int64_t i = 0; i < s.num_layers; i++) {
+    const Layer layer = s.layers[i];
+    float *keys = s.key_pages + i * s.layer_stride, *values = s.value_pages + i * s.layer_stride;
+    rms_norm(s.hidden, s.size, layer.input_norm, normed, 0, s.tokens, s.size, s.eps, threads);
+    product(normed, layer.qkv, mixed, s.tokens, s.size, mixes, 0, threads);
+    if (layer.qkv_bias)
+      for (int64_t n = 0; n < s.tokens; n++)
+        for (int64_t c = 0; c < mixes; c++) mixed[n * mixes + c] += layer.qkv_bias[c];
+    rope_store(mixed, s.cos, s.sin, query, keys, values, s.slots, s.tokens, s.groups, s.heads, s.d, threads);
+    paged_attention(query, keys, values, s.page_tables, s.context_lengths, s.cu_queries, attended, s.requests,
+                    s.columns, s.groups, s.heads, s.d, s.page_size, s.page_size * token, token, s.d, 1 / sqrtf(s.d),
+                    threads);
+    product(attended, layer.projection, s.hidden, s.tokens, inner, s.size, 1, threads);
+    rms_norm(s.hidden, s.size, layer.mlp_norm, normed, 0, s.tokens, s.size, s.eps, threads);
+    product(normed, layer.gate_up, gate_up, s.tokens, s.size, 2 * s.wide, 0, threads);
+    swiglu(gate_up, 2 * s.wide, active, s.tokens, s.wide, threads);
+    product(active, layer.down, s.hidden, s.tokens, s.wide, s.size, 1, threads);
+  }
+}
+
+// A step of some of the requests, `starts` their cu_queries from 0 on.
+INLINE Step part_of(Step s, int64_t first, int64_t end, int64_t token_space, int32_t *starts) {
+  const int64_t token = s.cu_queries[first];
+  for (int64_t i = first; i <= end; i++) starts[i - first] = s.cu_queries[i] - (int32_t)token;
+  s.hidden += token * s.size, s.space += token * token_space;
+  s.cos += token * (s.d / 2), s.sin += token * (s.d / 2), s.slots += token;
+  s.page_tables += first * s.columns, s.context_lengths += first, s.cu_queries = starts;
+  s.tokens = starts[end - first], s.requests = end - first;
+  return s;
+}
+
+#define SHARE (1ll << 21) // products of numbers that are worth waking a thread for
+
+// hidden [tokens, size] through some layers, in place; see Step. by_requests: each thread takes some of the requests
+// through all layers, without waiting for another: all of them read all weights, which should be in the cache.
 void decode(float *hidden, const Layer *layers, int64_t num_layers, const float *cos, const float *sin,
             float *key_pages, float *value_pages, int64_t layer_stride, const int32_t *slots,
             const int32_t *page_tables, const int32_t *context_lengths, const int32_t *cu_queries, float *space,
             int64_t tokens, int64_t size, int64_t requests, int64_t columns, int64_t groups, int64_t heads, int64_t d,
-            int64_t wide, int64_t page_size, float eps, int threads) {
-  const int64_t inner = groups * heads * d, mixes = groups * (heads + 2) * d, token = groups * d;
-  float *normed = space, *mixed = normed + tokens * size, *query = mixed + tokens * mixes;
-  float *attended = query + tokens * inner, *gate_up = attended + tokens * inner, *active = gate_up + 2 * tokens * wide;
-  for (int64_t i = 0; i < num_layers; i++) {
-    const Layer layer = layers[i];
-    float *keys = key_pages + i * layer_stride, *values = value_pages + i * layer_stride;
-    rms_norm(hidden, size, layer.input_norm, normed, 0, tokens, size, eps, threads);
-    product(normed, layer.qkv, mixed, tokens, size, mixes, 0, threads);
-    if (layer.qkv_bias)
-      for (int64_t n = 0; n < tokens; n++)
-        for (int64_t c = 0; c < mixes; c++) mixed[n * mixes + c] += layer.qkv_bias[c];
-    rope_store(mixed, cos, sin, query, keys, values, slots, tokens, groups, heads, d, threads);
-    paged_attention(query, keys, values, page_tables, context_lengths, cu_queries, attended, requests, columns, groups,
-                    heads, d, page_size, page_size * token, token, d, 1 / sqrtf(d), threads);
-    product(attended, layer.projection, hidden, tokens, inner, size, 1, threads);
-    rms_norm(hidden, size, layer.mlp_norm, normed, 0, tokens, size, eps, threads);
-    product(normed, layer.gate_up, gate_up, tokens, size, 2 * wide, 0, threads);
-    swiglu(gate_up, 2 * wide, active, tokens, wide, threads);
-    product(active, layer.down, hidden, tokens, wide, size, 1, threads);
+            int64_t wide, int64_t page_size, float eps, int64_t by_requests, int threads) {
+  const Step all = {layers, cos, sin, hidden, key_pages, value_pages, space, slots, page_tables, context_lengths,
+                    cu_queries, num_layers, layer_stride, tokens, size, requests, columns, groups, heads, d, wide,
+                    page_size, eps};
+  if (!by_requests) {
+    decode_step(all, threads);
+    return;
+  }
+  const int64_t inner = groups * heads * d, mixes = groups * (heads + 2) * d;
+  const int64_t weights = num_layers * (size * (mixes + 3 * wide) + inner * size);
+  const int64_t most = tokens * weights / SHARE, parts = most < 1 ? 1 : most < threads ? most : threads;
+#pragma omp parallel for num_threads((int)parts)
+  for (int64_t part = 0; part < parts; part++) {
+    int64_t first = 0, end = 0;
+    while (first < requests && cu_queries[first] < tokens * part / parts) first++;
+    while (end < requests && cu_queries[end] < tokens * (part + 1) / parts) end++;
+    int32_t starts[requests + 1];
+    if (first < end) decode_step(part_of(all, first, end, size + mixes + 2 * inner + 3 * wide, starts), 1);
   }
 }

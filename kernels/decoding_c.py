@@ -19,6 +19,8 @@ PANEL_COLUMNS = 32
 """WIDE in cpu_kernels.c."""
 MOST_ROWS = 96
 """Of a product by the C kernel: with more, torch's is faster."""
+CACHED_BYTES = 32 << 20
+"""Of matrices that a processor keeps in its cache."""
 
 
 class Panels:
@@ -49,6 +51,8 @@ class Layers:
         gate_up = weights[0][5]
         assert isinstance(gate_up, Panels)
         self.ffn_size = gate_up.weight.shape[0] // 2
+        matrices = [weight.panels.nbytes for layer in weights for weight in layer if isinstance(weight, Panels)]
+        self.are_in_cache = sum(matrices) <= CACHED_BYTES
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -114,6 +118,7 @@ def decode(
         layers.ffn_size,
         page_size,
         eps,
+        int(layers.are_in_cache),
     )
 
 

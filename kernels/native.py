@@ -47,7 +47,7 @@ SIGNATURES = {
     "sample": "pppppiiiii",
     "filter_scores": "ppiiiii",
     "product": "pppiiii",
-    "decode": "ppippppippppp" + "iiiiiiiiif",
+    "decode": "ppippppippppp" + "iiiiiiiiifi",
     "logprob_statistics": "pippiiiif",
     "logprob_gradient": "pipppppppiiiiif",
     "attention": "pipppiipppiii",

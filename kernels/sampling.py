@@ -117,8 +117,10 @@ def sample_with_margins(
                 f"sample: {name} {tuple(flags.shape)} must cover {(logits.shape[0], num_tokens)}, "
                 "all requests and token ids"
             )
+    # The operator around it costs as much as a small draw.
+    sample = _sample if torch.compiler.is_compiling() else _draw
     return Draw(
-        *_sample(
+        *sample(
             rows_of(logits.detach()),
             _marks(None if repetition_penalty == 1 else seen, banned, num_tokens),
             seeds.contiguous(),
@@ -141,8 +143,7 @@ def _marks(seen: Tensor | None, banned: Tensor | None, num_tokens: int) -> Tenso
     return marks if seen is None else marks + seen[:, :num_tokens].to(torch.uint8) * SEEN
 
 
-@custom_op("ppomax::sample", mutates_args=())
-def _sample(
+def _draw(
     logits: Tensor,
     marks: Tensor | None,
     seeds: Tensor,
@@ -167,6 +168,9 @@ def _sample(
         vocab_size=vocab_size,
         tp_group=group_of(tp_group),
     )
+
+
+_sample = custom_op("ppomax::sample", _draw, mutates_args=())
 
 
 @_sample.register_fake

@@ -139,17 +139,18 @@ class Flight:
         if self._launched is None:
             return
         numbers, sizes, chunk = self._launched.numbers, self._launched.sizes, self.role.chunks[number]
+        device = self.batch.tokens.device
         received = self._receive(chunk, sizes.tokens)
         if self._graphs and sizes.only_decodes:
             result = self._graphs[number].run(numbers, received)
         else:
-            result = self._compute(number, to_device(numbers.packed(), self.role.device), sizes, received)
+            result = self._compute(number, to_device(numbers.packed(), device), sizes, received)
         if not chunk.post_process:
             self._send(result)
-            result = torch.empty(NUM_DRAWN, sizes.drawn, dtype=torch.float64, device=self.role.device)
+            result = torch.empty(NUM_DRAWN, sizes.drawn, dtype=torch.float64, device=device)
         if chunk is self.role.chunks[-1] and sizes.drawn > 0:
             arrival = start_broadcast_of_last_stage(result, self.role.groups)
-            index, positions = to_device(np.stack([numbers.drawn_index, numbers.drawn_positions]), self.role.device)
+            index, positions = to_device(np.stack([numbers.drawn_index, numbers.drawn_positions]), device)
             drawn = Drawn(numbers.drawn_index.tolist(), index, positions, result, arrival)
             self._arriving.append(drawn)
             self._unread.append(drawn)

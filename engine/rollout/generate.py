@@ -1,16 +1,15 @@
 """Responses sampled from the weights that are being trained: continuous batching over a paged key / value cache.
 
 Each replica takes a share of the prompts. Its requests run in as many flights as there are pipeline stages, so that
-every stage has one to work on, or on a CPU in two side by side (side_by_side.py); a flight takes one step at a time
-(flight.py), chunk by chunk where a stage has several: every running request adds a token, and waiting prompts join in
-pieces while the step has room. A token depends on what precedes it, its position and the seed of its request: neither
-the company in a step nor layouts, page sizes or limits change it.
+every stage has one to work on; a flight takes one step at a time (flight.py), chunk by chunk where a stage has
+several: every running request adds a token, and waiting prompts join in pieces while the step has room. A token depends
+on what precedes it, its position and the seed of its request: neither the company in a step nor layouts, page sizes or
+limits change it.
 """
 
 import hashlib
 import struct
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ from ppomax.engine.config import SamplingConfig
 from ppomax.engine.errors import DataError, DoesNotFitError
 from ppomax.engine.models.roles import Role, check_vocabulary
 from ppomax.engine.parallel.device import torch_functions_as_they_are
-from ppomax.engine.parallel.side_by_side import can_share_threads, side_by_side
 from ppomax.engine.parallel.stages import sum_over_replicas
 from ppomax.engine.ppo.types import Rollout
 from ppomax.engine.rollout.batch import Batch, Begun
@@ -32,8 +30,6 @@ from ppomax.engine.rollout.pages import num_pages_for_budget, pages_for
 from ppomax.engine.rollout.scheduler import Limits, Request
 from ppomax.engine.rollout.watch import MakeWatch, Watch
 
-CACHED_BYTES = 32 << 20
-"""Of weights that a processor keeps in its cache."""
 CACHE_SHARE = 0.5
 """Of the GPU memory that is free when generation starts, what the cache may take where sampling.cache_gib is 0."""
 
@@ -99,15 +95,9 @@ def generate(
         fault = cache_fault(max(batch.max_lengths), affordable, role, sampling)
         if fault is not None:
             raise DoesNotFitError(fault)
-        is_shared = watch is None and on_token is None and affordable is None and _shares_threads(role)
         with torch_functions_as_they_are():
-            num_flights = 2 if is_shared else role.groups.layout.pp
-            flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable, num_flights)
-        run = partial(_run, num_chunks=len(role.chunks), steps_ahead=steps_ahead)
-        if is_shared:
-            side_by_side(lambda: run(flights[:1], watch=None), lambda: run(flights[1:], watch=None))
-        else:
-            run(flights, watch=None if watch is None else watch(batch, share, role))
+            flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
+        _run(flights, len(role.chunks), steps_ahead, None if watch is None else watch(batch, share, role))
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
 
@@ -162,9 +152,8 @@ def _flights(
     stop: StopRule,
     on_token: Callable[[int, int], None] | None,
     affordable: int | None,
-    num_flights: int,
 ) -> list[Flight]:
-    """num_flights, as far as the requests go, with equal parts of cache and places."""
+    """One for each pipeline stage, as far as the requests go, with equal parts of cache and places."""
     requests = [
         Request(
             index=b,
@@ -178,7 +167,7 @@ def _flights(
     if not requests:
         return []
     prompts = list(dict.fromkeys(request.index // samples for request in requests))
-    num_flights = min(num_flights, len(prompts))
+    num_flights = min(role.groups.layout.pp, len(prompts))
     max_running = -(-sampling.batch_size // num_flights)
     members = [set(prompts[flight::num_flights]) for flight in range(num_flights)]
     parts = [[request for request in requests if request.index // samples in own] for own in members]
@@ -253,13 +242,6 @@ def _num_pages(parts: list[list[Request]], max_running: int, sampling: SamplingC
     return needed if affordable is None else min(needed, affordable)
 
 
-def _shares_threads(role: Role) -> bool:
-    """Whether halves of the requests go side by side: each reads all weights in each step, so they must be in cache."""
-    weights = sum(x.nbytes for chunk in role.chunks for x in chunk.parameters())
-    return can_share_threads() and weights <= CACHED_BYTES
-
-
-@torch.no_grad()
 def _run(flights: list[Flight], num_chunks: int, steps_ahead: int, watch: Watch | None) -> None:
     """Takes turns with the flights until all requests have ended, and the watch needs this replica no longer.
 

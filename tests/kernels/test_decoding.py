@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppomax.kernels import native
+from ppomax.kernels import decoding_c, native
 from ppomax.kernels.decoding import DecodingOps, decoding_ops, flash_attention, takes_flash_attention
 from ppomax.kernels.paged_attention import paged_attention
 from ppomax.kernels.sampling_reference import TOP_P_BITS, filtered, share_word
@@ -152,6 +152,63 @@ def test_c_attention_gives_the_same_bits_for_any_page_size_and_number_of_threads
         results.append(scene.attend(ops_for(32)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("bias", [False, True])
+def test_whole_layers_are_their_operations_one_by_one_however_threads_share_them(monkeypatch, bias: bool) -> None:
+    """Threads take requests where weights are in the cache, else parts of each operation."""
+    monkeypatch.setenv("PPOMAX_KERNELS", "cpu")
+    if native.load() is None:
+        pytest.skip(reason="there is no C compiler")
+    groups, heads, d, page_size, size, wide, num_layers = 2, 2, 32, 8, 96, 160, 3
+    ops = ops_for(d, heads)
+    counts = [1, 1, 7, 1, 23, 1, 1, 40, 1]
+    cu_queries = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
+    num_tokens, width = int(cu_queries[-1]), 6
+    contexts = torch.tensor([count + 4 for count in counts], dtype=torch.int32)
+    tables = torch.randperm(len(counts) * width).view(len(counts), width).int()
+    places = [torch.arange(context - count, context) for count, context in zip(counts, contexts.tolist(), strict=True)]
+    slots = torch.cat([t[p // page_size] * page_size + p % page_size for t, p in zip(tables, places, strict=True)])
+    weights = [
+        (
+            normal(size, seed=i) + 1,
+            ops.matrix(normal(groups * (heads + 2) * d, size, seed=i) / 10),
+            normal(groups * (heads + 2) * d, seed=i) if bias else None,
+            ops.matrix(normal(size, groups * heads * d, seed=i) / 10),
+            normal(size, seed=i + 9) + 1,
+            ops.matrix(normal(2 * wide, size, seed=i + 9) / 10),
+            ops.matrix(normal(size, wide, seed=i) / 10),
+        )
+        for i in range(num_layers)
+    ]
+    cos, sin = normal(num_tokens, d // 2, seed=3), normal(num_tokens, d // 2, seed=4)
+    hidden, cache = normal(num_tokens, size, seed=5), normal(2, num_layers, len(counts) * width, page_size, groups, d)
+
+    def decoded(num_threads: int, are_in_cache: bool) -> tuple[Tensor, Tensor]:
+        torch.set_num_threads(num_threads)
+        layers = decoding_c.Layers(weights)
+        assert layers.are_in_cache
+        layers.are_in_cache = are_in_cache
+        x, pages = hidden.clone(), cache.clone()
+        seen = (slots.int(), tables, contexts, cu_queries)
+        decoding_c.decode(x, layers, cos, sin, pages[0], pages[1], *seen, heads_per_group=heads, eps=1e-5)
+        return x, pages
+
+    x, pages = hidden.clone(), cache.clone()
+    for i, (input_norm, qkv, qkv_bias, projection, mlp_norm, gate_up, down) in enumerate(weights):
+        mixed = ops.product(ops.rms_norm(x, input_norm, 1e-5), qkv)
+        mixed = mixed if qkv_bias is None else mixed + qkv_bias
+        query = ops.rope_store(mixed.view(-1, groups, heads + 2, d), cos, sin, pages[0, i], pages[1, i], slots.int())
+        seen = (tables, contexts, cu_queries)
+        attended = ops.paged_attention(query, pages[0, i], pages[1, i], *seen, max_query=40, max_context=44)
+        x = ops.add_product(x, attended.flatten(1), projection)
+        x = ops.add_product(x, ops.swiglu(ops.product(ops.rms_norm(x, mlp_norm, 1e-5), gate_up)), down)
+    for num_threads in (1, 2, 3, 5, 16):
+        for are_in_cache in (True, False):
+            got, got_pages = decoded(num_threads, are_in_cache)
+            assert torch.equal(got, x), (num_threads, are_in_cache)
+            assert torch.equal(got_pages, pages)
 
 
 @pytest.mark.one_version
