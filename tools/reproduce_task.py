@@ -160,7 +160,7 @@ def write_data(folder: Path, seed: int) -> None:
     _write(folder / "preferences_train.jsonl", (draw_pair(rng) for _ in range(NUM_PAIRS)))
     _write(folder / "preferences_held_out.jsonl", (draw_pair(rng) for _ in range(NUM_HELD_OUT_PAIRS)))
     _write(folder / "prompts.jsonl", ({"prompt": question} for question, _ in train))
-    _write(folder / "held_out.jsonl", ({"prompt": question} for question, _ in held_out * 8))
+    _write(folder / "held_out.jsonl", ({"prompt": question} for question, _ in held_out * 16))
     _write_tokenizer(folder)
 
 
