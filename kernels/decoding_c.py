@@ -2,21 +2,23 @@
 in any batch, with any page size and number of threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ppomax.kernels.native import call
+from ppomax.kernels.sampling_reference import TOP_P_BITS, share_word
 
 LANES = 16
-"""Sizes of heads are multiples of it (LANES in cpu_kernels.c)."""
+"""Sizes of heads are multiples of it (LANES in cpu_vectors.h)."""
 MAX_HEADS_PER_GROUP = 64
 """ROWS in cpu_kernels.c."""
 
 
 PANEL_COLUMNS = 32
-"""WIDE in cpu_kernels.c."""
+"""WIDE in cpu_decoding.c."""
 MOST_ROWS = 96
 """Of a product by the C kernel: with more, torch's is faster."""
 CACHED_BYTES = 32 << 20
@@ -66,9 +68,9 @@ def _address(weight: Tensor | Panels | None) -> int:
     return tensor.data_ptr()
 
 
-def can_decode(hidden: Tensor) -> bool:
-    """Whether `decode` is the fastest way for so many tokens."""
-    return len(hidden) <= MOST_ROWS
+def can_decode(tokens: Sized) -> bool:
+    """Whether `decode` is the fastest way for so many."""
+    return len(tokens) <= MOST_ROWS
 
 
 def decode(
@@ -119,6 +121,88 @@ def decode(
         page_size,
         eps,
         int(layers.are_in_cache),
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model for `decode_steps`. embedding [V, H]; head: of the vocabulary, maybe padded; cos, sin [positions,
+    d / 2]. heads_per_group: of queries.
+    """
+
+    layers: Layers
+    embedding: Tensor
+    final_norm: Tensor
+    head: Panels
+    cos: Tensor
+    sin: Tensor
+    heads_per_group: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class DrawRule:
+    """How tokens are drawn, as in sampling.py, and eos_id, which ends a request: negative, none does. has_early: some
+    requests may not end yet.
+    """
+
+    vocab_size: int
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_id: int
+    has_early: bool
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn for a batch of B requests, [B, S] each: see ppomax.engine.rollout.batch. seeds [B]."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    drawn_logprobs: Tensor
+    margins: Tensor
+    seeds: Tensor
+
+
+def decode_steps(
+    model: Model,
+    rule: DrawRule,
+    drawn: Drawn,
+    keys: Tensor,
+    values: Tensor,
+    requests: Tensor,
+    positions: Tensor,
+    first_ends: Tensor,
+    page_tables: Tensor,
+    num_steps: int,
+) -> None:
+    """Goes on with some requests of a batch from the token that each has at its position: num_steps tokens for each, or
+    until eos, written into `drawn`. Bit for bit what `decode` and `sample_with_margins` do step by step.
+
+    keys, values [layers, pages, page_size, groups, d] contiguous. requests, positions, first_ends [R] int32: rows of
+    the batch, no two the same, places of the tokens, and the first place at which eos may come. page_tables [R, P]
+    int32: with pages for all steps. These four are overwritten. Threads share the requests; the layers should be in the
+    cache.
+    """
+    layers, (num_layers, _, page_size, groups, d) = model.layers, keys.shape
+    num, size, outputs = len(requests), model.embedding.shape[1], model.head.weight.shape[0]
+    inner = groups * model.heads_per_group * d
+    of_layers = size + 3 * inner + 2 * groups * d + 3 * layers.ffn_size
+    space = torch.empty(num, 2 * size + d + 2 * outputs + of_layers)
+    has_filters = rule.temperature > 0 and (rule.top_k > 0 or rule.top_p < 1)
+    filters = torch.empty(torch.get_num_threads(), 2, rule.vocab_size, dtype=torch.int64) if has_filters else 0
+    part = share_word(rule.top_p) if rule.top_p < 1 else 1 << TOP_P_BITS
+    is_plain = rule.temperature in (0, 1) and not has_filters and not rule.has_early
+    call(
+        "decode_steps",
+        *(layers.table, num_layers, model.embedding, model.final_norm, model.head.panels, model.cos, model.sin),
+        *(keys, values, keys.stride(0)),
+        *(drawn.tokens, drawn.logprobs, drawn.drawn_logprobs, drawn.margins, drawn.tokens.shape[1], drawn.seeds),
+        *(requests, positions, first_ends, page_tables, space, filters),
+        *(num, num_steps, size, page_tables.shape[1], groups, model.heads_per_group, d, layers.ffn_size, page_size),
+        *(outputs, rule.vocab_size, rule.top_k, part, rule.eos_id, int(is_plain)),
+        *(model.eps, rule.temperature),
     )
 
 

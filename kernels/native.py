@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.c", "cpu_attention.c", "cpu_logprobs.c"))
-HEADER = Path(__file__).with_name("cpu_vectors.h")
+PARTS = ("kernels", "attention", "logprobs", "sampling", "decoding")
+SOURCES = tuple(Path(__file__).with_name(f"cpu_{part}.c") for part in PARTS)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("cpu_vectors.h", "cpu_kernels.h"))
 FLAGS = (
     "-O3",
     "-march=native",
@@ -50,6 +51,7 @@ SIGNATURES = {
     "decode": "ppippppippppp" + "iiiiiiiiifi",
     "logprob_statistics": "pippiiiif",
     "logprob_gradient": "pipppppppiiiiif",
+    "decode_steps": "pipppppppi" + "ppppi" + "ppppppp" + "i" * 15 + "ff",
     "attention": "pipppiipppiii",
     "attention_backward": "ppipppiippppiii",
 }
@@ -78,7 +80,7 @@ def load() -> ctypes.CDLL | None:
         return None
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS)
-        sources = [path.read_bytes() for path in (*SOURCES, HEADER)]
+        sources = [path.read_bytes() for path in (*SOURCES, *HEADERS)]
         key = hashlib.sha256(b"\0".join([*sources, version.stdout, *map(str.encode, FLAGS), _processor()]))
         folder = _cache_folder()
         if folder is None:

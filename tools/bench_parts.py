@@ -64,8 +64,9 @@ class Parts:
         def noted_launch(flight: Flight) -> bool:
             self._close()
             started, has_launched = time.time(), launch(flight)
-            if has_launched and flight._launched is not None:
-                self._open = (DECODE if flight._launched.sizes.only_decodes else PREFILL, started)
+            if has_launched:  # several steps at once are decoding
+                is_prefill = flight._launched is not None and not flight._launched.sizes.only_decodes
+                self._open = (PREFILL if is_prefill else DECODE, started)
             return has_launched
 
         @wraps(prepare)

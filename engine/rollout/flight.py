@@ -23,10 +23,12 @@ from ppomax.engine.rollout.batch import NUM_DRAWN, Batch
 from ppomax.engine.rollout.draw import StopRule, draw
 from ppomax.engine.rollout.graphs import DecodeGraphs, uses_graphs
 from ppomax.engine.rollout.inference import InferenceStage
+from ppomax.engine.rollout.many_steps import MOST_STEPS, ManySteps
 from ppomax.engine.rollout.paged_cache import PagedCache, PagedStep
 from ppomax.engine.rollout.pages import pages_for
-from ppomax.engine.rollout.scheduler import Limits, Request, Scheduler
+from ppomax.engine.rollout.scheduler import Limits, Request, Scheduler, Step
 from ppomax.engine.rollout.step_inputs import StepNumbers, StepSizes, StepTables, split_inputs, to_device
+from ppomax.kernels.decoding_c import can_decode
 
 
 @dataclass
@@ -62,6 +64,17 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Known:
+    """Tokens of a step that the host has already."""
+
+    requests: list[int]
+    tokens: list[int]
+
+    def read(self) -> list[int]:
+        return self.tokens
+
+
+@dataclass(frozen=True)
 class Launched:
     """A step on its way through the chunks."""
 
@@ -82,7 +95,10 @@ class Flight:
         sampling: SamplingConfig,
         stop: StopRule,
         on_token: Callable[[int, int], None] | None = None,
+        *,
+        is_watched: bool = True,
     ) -> None:
+        """is_watched: somebody looks on between steps."""
         self.role, self.batch, self.limits, self.sampling, self.stop = role, batch, limits, sampling, stop
         self.stage, self.on_token = stage, on_token
         self.scheduler = Scheduler(requests, limits)
@@ -102,9 +118,14 @@ class Flight:
                 )
                 for number, chunk in enumerate(role.chunks)
             ]
+        self._many_steps: ManySteps | None = None
+        is_alone = not is_watched and on_token is None
+        if is_alone and stage.model is not None and ManySteps.fits(stage.model, sampling):
+            rule = {"eos_id": stop.eos_id, "min_new_tokens": stop.min_new_tokens}
+            self._many_steps = ManySteps(stage.model, batch, sampling, vocab_size=role.shape.vocab_size, **rule)
         self._launched: Launched | None = None
         self._arriving: list[Drawn] = []
-        self._unread: deque[Drawn] = deque()
+        self._unread: deque[Drawn | Known] = deque()
         self._ended: set[int] = set()
         self._sent: tuple[Tensor, dist.Work] | None = None
 
@@ -128,11 +149,28 @@ class Flight:
         if step is None:
             return False
         self._settle()
+        if self._many_steps is not None and self.scheduler.only_decodes(step) and can_decode(step.entries):
+            self._launch_many(self._many_steps, step)
+            return True
         self.cache.copy_pages(step.copies)
         tables = [self.scheduler.page_table(entry.request) for entry in step.entries]
         self._launched = Launched(*self._tables.of(step.entries, tables))
         self.run_chunk(0)
         return True
+
+    def _launch_many(self, many_steps: ManySteps, step: Step) -> None:
+        """Takes the planned step, and those that follow with the same requests, in one call."""
+        num_steps, most = 1, self.scheduler.num_steps_with_pages
+        while num_steps < min(most, MOST_STEPS) and not self.scheduler.has_planned_ends:
+            following = self.scheduler.plan()
+            assert following is not None
+            assert len(following.entries) == len(step.entries), "the requests have changed"
+            step, num_steps = following, num_steps + 1
+        requests = [entry.request for entry in step.entries]
+        numbers, _ = self._tables.of(step.entries, [self.scheduler.page_table(request) for request in requests])
+        positions = numbers.positions - np.int32(num_steps - 1)
+        tokens = many_steps.run(self.cache, numbers.index, positions, numbers.page_tables, num_steps)
+        self._unread.extend(Known(requests, of_step) for of_step in tokens)
 
     def run_chunk(self, number: int) -> None:
         """Takes the launched step, if there is one, through a chunk of this stage; after the last one it draws."""

@@ -96,7 +96,8 @@ def generate(
         if fault is not None:
             raise DoesNotFitError(fault)
         with torch_functions_as_they_are():
-            flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable)
+            is_watched = watch is not None
+            flights = _flights(role, batch, share, samples, sampling, stop, on_token, affordable, is_watched)
         _run(flights, len(role.chunks), steps_ahead, None if watch is None else watch(batch, share, role))
     _share_results(batch, share, role)
     return batch.rollout(pad_id)
@@ -152,6 +153,7 @@ def _flights(
     stop: StopRule,
     on_token: Callable[[int, int], None] | None,
     affordable: int | None,
+    is_watched: bool,
 ) -> list[Flight]:
     """One for each pipeline stage, as far as the requests go, with equal parts of cache and places."""
     requests = [
@@ -180,7 +182,8 @@ def _flights(
         num_pages=num_pages,
     )
     stage = InferenceStage(role, max(batch.max_lengths), sampling.page_size)
-    return [Flight(role, stage, batch, part, limits, sampling, stop, on_token) for part in parts]
+    fixed = (limits, sampling, stop, on_token)
+    return [Flight(role, stage, batch, part, *fixed, is_watched=is_watched) for part in parts]
 
 
 def _first_alike(batch: Batch, b: int, samples: int) -> int:

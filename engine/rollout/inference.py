@@ -17,7 +17,7 @@ from ppomax.engine.models.attention import own_groups, rotary_factors
 from ppomax.engine.models.roles import Role
 from ppomax.engine.rollout.paged_cache import PagedStep
 from ppomax.kernels.decoding import DecodingOps, Matrix, decoding_ops
-from ppomax.kernels.decoding_c import Layers, can_decode
+from ppomax.kernels.decoding_c import Layers, Model, Panels, can_decode
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class InferenceStage:
         self.head = ops.matrix(last.vocabulary_weight().detach()) if last.post_process else None
         positions = torch.arange(max_length, device=role.device)
         self.cos, self.sin = (x.contiguous() for x in rotary_factors(positions, role.shape))
+        self.model = self._model(heads_per_group)
 
     def run_chunk(
         self,
@@ -106,6 +107,15 @@ class InferenceStage:
         return Layers(
             [(x.input_norm, x.qkv, x.qkv_bias, x.projection, x.mlp_norm, x.gate_up, x.down) for _, x in layers]
         )
+
+    def _model(self, heads_per_group: int) -> Model | None:
+        """For several steps in one call; None unless the whole model is here and its layers go in one call."""
+        layers, embedding, head = self._whole_layers[0], self.embedding, self.head
+        if len(self.chunks) > 1 or layers is None or embedding is None or self.final_norm is None:
+            return None
+        assert isinstance(head, Panels)
+        eps = self.config.layernorm_epsilon
+        return Model(layers, embedding.detach(), self.final_norm, head, self.cos, self.sin, heads_per_group, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, V/tp] float32 of hidden [R, H], last stage: bfloat16 logits would be off by up to 0.4 %."""

@@ -128,6 +128,21 @@ class Scheduler:
         """All requests have ended. Some of the last steps may not have been recorded: nothing of them is wanted."""
         return self._num_open == 0
 
+    @property
+    def has_planned_ends(self) -> bool:
+        """Whether the step planned last is the last one of some request, by its length."""
+        return bool(self._planned_out)
+
+    @property
+    def num_steps_with_pages(self) -> int:
+        """Steps, the one planned last among them, for which every running request finds pages in any case."""
+        return 1 + self._pool.num_free // max(1, len(self._running)) * self._pool.page_size
+
+    def only_decodes(self, step: Step) -> bool:
+        """Whether the step planned last adds a token to every running request, and no other waits."""
+        is_usual = not (step.copies or step.preempted or self._waiting) and len(step.entries) == len(self._running)
+        return is_usual and all(entry.count == 1 and entry.is_last for entry in step.entries)
+
     def known(self, request: int) -> list[int]:
         """Prompt and response as far as recorded; the scheduler's own list, not to be changed."""
         return self._states[request].known
