@@ -26,6 +26,7 @@ from ppomax.engine.optim import FlatAdamW
 from ppomax.engine.ppo import losses, scoring
 from ppomax.engine.rollout import flight
 from ppomax.engine.rollout.inference import InferenceStage
+from ppomax.engine.rollout.many_steps import ManySteps
 from ppomax.engine.throughput import PhaseClock
 from ppomax.engine.train_ppo import iterations
 from ppomax.tools.bench_workload import Workload, bench_config
@@ -45,6 +46,7 @@ MODEL_CALLS: tuple[tuple[str, Any, str], ...] = (
     ("decoding", InferenceStage, "run_chunk"),
     ("decoding", InferenceStage, "logits"),
     ("sampling", flight, "draw"),
+    ("decoding", ManySteps, "run"),
 )
 """Kind, where the name is looked up, name."""
 SPLITS = (1, 2, 4, 8, 16)
@@ -54,8 +56,8 @@ TARGET = 0.05
 
 
 def nearly_empty(work: Workload) -> Workload:
-    """The same prompts and lengths for a model of almost no compute."""
-    heads = replace(work.shape, num_heads=2, num_query_groups=1, head_dim=8)
+    """The same prompts and lengths for a model of almost no compute, which takes the same ways through the engine."""
+    heads = replace(work.shape, num_heads=2, num_query_groups=1, head_dim=16)
     return replace(work, shape=replace(heads, hidden_size=16, num_layers=1, ffn_hidden_size=16, vocab_size=64))
 
 
