@@ -276,7 +276,8 @@ void decode_steps(const Layer *layers, int64_t num_layers, const float *embeddin
     Requests own = all;
     const int64_t first = num * i / parts;
     own.requests += first, own.positions += first, own.first_ends += first, own.page_tables += first * columns;
-    own.space += first * token_space(all), own.filter_space += 2 * vocab * i, own.num = num * (i + 1) / parts - first;
+    own.space += first * token_space(all), own.num = num * (i + 1) / parts - first;
+    if (filter_space) own.filter_space += 2 * vocab * i;
     run_steps(own, steps);
   }
 }

@@ -190,6 +190,8 @@ def decode_steps(
     inner = groups * model.heads_per_group * d
     of_layers = size + 3 * inner + 2 * groups * d + 3 * layers.ffn_size
     space = torch.empty(num, 2 * size + d + 2 * outputs + of_layers)
+    given = (model.embedding, model.final_norm, model.cos, model.sin, keys, values, *vars(drawn).values())
+    assert all(x.is_contiguous() for x in given), "the kernel reads rows that follow each other"
     has_filters = rule.temperature > 0 and (rule.top_k > 0 or rule.top_p < 1)
     filters = torch.empty(torch.get_num_threads(), 2, rule.vocab_size, dtype=torch.int64) if has_filters else 0
     part = share_word(rule.top_p) if rule.top_p < 1 else 1 << TOP_P_BITS

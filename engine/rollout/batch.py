@@ -46,7 +46,7 @@ class Batch:
         begun = begun or [Begun()] * len(prompts)
         self.known = [(*prompt, *start.tokens) for prompt, start in zip(prompts, begun, strict=True)]
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.seeds = seeds.to(device)
+        self.seeds = seeds.to(device).contiguous()
         sizes = (len(prompts), max(max_lengths))
         tokens = torch.zeros(sizes, dtype=torch.int64)
         logprobs, margins = torch.zeros(2, *sizes)

@@ -57,11 +57,16 @@ def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
 LENGTHS = (7, 1, 30, 12, 12, 3, 25, 18, 2, 9)
 
 
+def seeds_of(num: int) -> Tensor:
+    """Not side by side in memory: a caller may cut them out of others."""
+    return request_seeds(3, 4, 2 * num)[::2]
+
+
 def both_ways(
     role: Role, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], sampling: SamplingConfig, **options: Any
 ) -> tuple[Rollout, Rollout, list[int]]:
     """In one call and step by step, which is what a listener to tokens gets; and how many steps each call took."""
-    seeds = request_seeds(3, 4, len(prompts) * options.get("samples", 1))
+    seeds = seeds_of(len(prompts) * options.get("samples", 1))
     options = {"eos_id": EOS, "pad_id": 0, "seeds": seeds, **options}
     taken: list[int] = []
     run = ManySteps.run
@@ -125,7 +130,7 @@ def test_requests_wait_share_prompts_and_have_limits_of_their_own(role, monkeypa
 
 def test_stop_sequences_and_responses_that_have_begun(role, monkeypatch) -> None:
     prompts = prompts_of(LENGTHS)
-    plain = generate(role, prompts, SAMPLING, seeds=request_seeds(3, 4, 10), eos_id=-1, pad_id=0)
+    plain = generate(role, prompts, SAMPLING, seeds=seeds_of(10), eos_id=-1, pad_id=0)
     stops = [plain.tokens[b, length + 6 : length + 8].tolist() for b, length in enumerate(LENGTHS[:4])]
     together, alone, taken = both_ways(role, monkeypatch, prompts, SAMPLING, stop_sequences=stops, eos_id=-1)
     assert_same(together, alone)
