@@ -122,11 +122,14 @@ static void decode_step(Step s, int threads) {
   }
 }
 
+// Numbers of `space` for each token; decoding_c.py has it too.
+static int64_t step_space(Step s) { return s.size + (3 * s.heads + 2) * s.groups * s.d + 3 * s.wide; }
+
 // A step of some of the requests, `starts` their cu_queries from 0 on.
-INLINE Step part_of(Step s, int64_t first, int64_t end, int64_t token_space, int32_t *starts) {
+INLINE Step part_of(Step s, int64_t first, int64_t end, int32_t *starts) {
   const int64_t token = s.cu_queries[first];
   for (int64_t i = first; i <= end; i++) starts[i - first] = s.cu_queries[i] - (int32_t)token;
-  s.hidden += token * s.size, s.space += token * token_space;
+  s.hidden += token * s.size, s.space += token * step_space(s);
   s.cos += token * (s.d / 2), s.sin += token * (s.d / 2), s.slots += token;
   s.page_tables += first * s.columns, s.context_lengths += first, s.cu_queries = starts;
   s.tokens = starts[end - first], s.requests = end - first;
@@ -154,7 +157,6 @@ void decode(float *hidden, const Layer *layers, int64_t num_layers, const float 
     decode_step(all, threads);
     return;
   }
-  const int64_t inner = groups * heads * d, mixes = groups * (heads + 2) * d;
   const int64_t most = tokens * weights_of(all) / SHARE, parts = most < 1 ? 1 : most < threads ? most : threads;
 #pragma omp parallel for num_threads((int)parts)
   for (int64_t part = 0; part < parts; part++) {
@@ -162,7 +164,7 @@ void decode(float *hidden, const Layer *layers, int64_t num_layers, const float 
     while (first < requests && cu_queries[first] < tokens * part / parts) first++;
     while (end < requests && cu_queries[end] < tokens * (part + 1) / parts) end++;
     int32_t starts[requests + 1];
-    if (first < end) decode_step(part_of(all, first, end, size + mixes + 2 * inner + 3 * wide, starts), 1);
+    if (first < end) decode_step(part_of(all, first, end, starts), 1);
   }
 }
 
@@ -176,7 +178,7 @@ typedef struct {
 // Requests that each go on from one token. `step` has the layers, the cache, and sizes; its tokens are filled in. head:
 // panels of `outputs` columns. cos, sin: of every position. tokens, logprobs, drawn_logprobs, margins [.., width] and
 // seeds: of Batch. requests, positions, first_ends [num], and page_tables: each request's row of these, where its token
-// stands, where eos may come first; all are overwritten. space: see token_space. filter_space: of filter_scores.
+// stands, where eos may come first; all are overwritten. space: see request_space. filter_space: of filter_scores.
 typedef struct {
   Step step;
   Rule rule;
@@ -192,10 +194,7 @@ typedef struct {
 } Requests;
 
 // Numbers of `space` for each request.
-static int64_t token_space(Requests q) {
-  const int64_t inner = q.step.groups * q.step.heads * q.step.d, mixes = q.step.groups * (q.step.heads + 2) * q.step.d;
-  return 2 * q.step.size + q.step.d + 2 * q.outputs + q.step.size + mixes + 2 * inner + 3 * q.step.wide;
-}
+static int64_t request_space(Requests q) { return 2 * q.step.size + q.step.d + 2 * q.outputs + step_space(q.step); }
 
 // Writes what was drawn for the request in row r behind its token; returns whether it goes on.
 static int keep_token(Requests q, int64_t r, const double *record) {
@@ -276,7 +275,7 @@ void decode_steps(const Layer *layers, int64_t num_layers, const float *embeddin
     Requests own = all;
     const int64_t first = num * i / parts;
     own.requests += first, own.positions += first, own.first_ends += first, own.page_tables += first * columns;
-    own.space += first * token_space(all), own.num = num * (i + 1) / parts - first;
+    own.space += first * request_space(all), own.num = num * (i + 1) / parts - first;
     if (filter_space) own.filter_space += 2 * vocab * i;
     run_steps(own, steps);
   }

@@ -94,8 +94,7 @@ def decode(
     """
     num_layers, _, page_size, groups, d = keys.shape
     num_tokens, size = hidden.shape
-    inner = groups * heads_per_group * d
-    space = torch.empty(num_tokens, size + 3 * inner + 2 * groups * d + 3 * layers.ffn_size)
+    space = torch.empty(num_tokens, _step_space(layers, size, groups, heads_per_group, d))
     call(
         "decode",
         hidden,
@@ -122,6 +121,11 @@ def decode(
         eps,
         int(layers.are_in_cache),
     )
+
+
+def _step_space(layers: Layers, size: int, groups: int, heads_per_group: int, d: int) -> int:
+    """Numbers that the kernel works with for each token: step_space in cpu_decoding.c."""
+    return size + (3 * heads_per_group + 2) * groups * d + 3 * layers.ffn_size
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,7 @@ def decode_steps(
     """
     layers, (num_layers, _, page_size, groups, d) = model.layers, keys.shape
     num, size, outputs = len(requests), model.embedding.shape[1], model.head.weight.shape[0]
-    inner = groups * model.heads_per_group * d
-    of_layers = size + 3 * inner + 2 * groups * d + 3 * layers.ffn_size
+    of_layers = _step_space(layers, size, groups, model.heads_per_group, d)
     space = torch.empty(num, 2 * size + d + 2 * outputs + of_layers)
     given = (model.embedding, model.final_norm, model.cos, model.sin, keys, values, *vars(drawn).values())
     assert all(x.is_contiguous() for x in given), "the kernel reads rows that follow each other"

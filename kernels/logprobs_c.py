@@ -34,8 +34,8 @@ def logits_gradient(
 ) -> Tensor:
     """Writes d loss / d logits [N, V/tp] into out, which may be logits itself: see logprobs_reference.py."""
     statistics = (row_max, log_sum, entropy)
-    shard: dict[str, Any] = {"temperature": temperature, "first": first, "num_real": num_real}
     if out.dtype != torch.float32:
+        shard: dict[str, Any] = {"temperature": temperature, "first": first, "num_real": num_real}
         return logprobs_reference.logits_gradient(
             logits, labels, *statistics, grad_logprobs, grad_entropy, **shard, out=out
         )
