@@ -120,6 +120,20 @@ def test_bits_are_those_of_single_steps(role, monkeypatch, changes: dict[str, An
         assert 0 < together.finished.sum() < len(LENGTHS), "some end by EOS, some by their limit"
 
 
+def test_a_response_that_has_ended_is_computed_no_further(role, monkeypatch) -> None:
+    run, found = ManySteps.run, []
+
+    def noted(self: ManySteps, *given: Any) -> list[list[int]]:
+        found.append(run(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(ManySteps, "run", noted)
+    generate(role, prompts_of(LENGTHS), SAMPLING, seeds=seeds_of(10), eos_id=EOS, pad_id=0)
+    after = [tokens[tokens.index(EOS) + 1 :] for steps in found for tokens in zip(*steps, strict=True) if EOS in tokens]
+    assert sum(map(len, after)) > 0
+    assert not any(map(any, after)), "places behind the end stay as they were"
+
+
 def test_requests_wait_share_prompts_and_have_limits_of_their_own(role, monkeypatch) -> None:
     sampling = SAMPLING.model_copy(update={"batch_size": 7, "tokens_per_step": 20, "page_size": 4})
     limits = [3 + 5 * b % 28 for b in range(30)]
